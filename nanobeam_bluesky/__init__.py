@@ -1,0 +1,1 @@
+"""Strain and tilt maps from scanning X-ray diffraction microscopy, live in Bluesky."""
