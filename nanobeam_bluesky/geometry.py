@@ -326,7 +326,7 @@ class Geometry(_Frozen):
         """
         from nanobeam_bluesky.presets import Preset  # presets build on this module
 
-        return Preset.load(preset).geometry(
+        return Preset.load(preset).read_geometry(
             start, baseline=baseline, configuration=configuration
         )
 
