@@ -24,7 +24,7 @@ from nanobeam_bluesky.physics._numba import kernel
 
 TiltReciprocal = Literal["strained", "unstrained"]
 
-_FRINGE_STEP = 0.08  # largest change of z over a sub-column
+_FRINGE_STEP = 0.2  # largest change of z over a sub-column
 
 
 class ContinuousPlan(NamedTuple):
