@@ -290,9 +290,7 @@ class Geometry(_Frozen):
             lattice_c_angstrom=4.013,
             reflection_l=2,
             thickness_nm=11.7,
-            optics=ZonePlate(
-                diameter_um=149, focal_length_mm=21.874, central_stop_diameter_um=77
-            ),
+            optics=ZonePlate(diameter_um=149, focal_length_mm=21.874, central_stop_diameter_um=77),
         )
 
     @classmethod

@@ -323,12 +323,14 @@ def _describe(source: Any) -> str:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 1
 
 
 def _in_units(field: str, found: _Found) -> Any:
     """Convert to the unit that the field's name ends in."""
-    value = found.value.tolist() if isinstance(found.value, np.ndarray | np.generic) else found.value
+    value = (
+        found.value.tolist() if isinstance(found.value, np.ndarray | np.generic) else found.value
+    )
     target = _UNITS.get(field.rpartition("_")[2])
     if found.units is None or target is None:
         return value
@@ -348,7 +350,9 @@ def _registry() -> pint.UnitRegistry[Any]:
 @cache
 def _load(preset: str | Path) -> Preset:
     shipped = files(__name__)
-    names = sorted(p.name.removesuffix(".toml") for p in shipped.iterdir() if p.name[-5:] == ".toml")
+    names = sorted(
+        p.name.removesuffix(".toml") for p in shipped.iterdir() if p.name[-5:] == ".toml"
+    )
     if str(preset) in names:
         text = shipped.joinpath(f"{preset}.toml").read_text("utf-8")
     else:

@@ -1,0 +1,295 @@
+"""`NanobeamCallback`: documents of a scan in, documents of its derived run out."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from nanobeam_bluesky.callbacks.sink import BackgroundSink
+from nanobeam_bluesky.callbacks.worker_client import WorkerClient
+from nanobeam_bluesky.documents.pipeline import RunPipeline, Tally
+from nanobeam_bluesky.documents.processing import AnalyzerChoice
+from nanobeam_bluesky.geometry import ROI
+from nanobeam_bluesky.presets import Preset
+
+__all__ = ["Health", "NanobeamCallback"]
+
+logger = logging.getLogger("nanobeam_bluesky")
+
+PAUSE_SECONDS = 0.02
+"""Documents are handled in bursts: waking for each would take the interpreter lock from
+the RunEngine hundreds of times a second."""
+EXIT_SECONDS = 30.0
+"""How long the interpreter's exit waits for derived runs whose raw run has stopped."""
+
+_MARK = object()
+
+Sink = Callable[[str, dict[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Health:
+    """What a callback has done so far."""
+
+    runs: int
+    """Raw runs that matched the preset."""
+    points_seen: int
+    """Distinct points announced by documents."""
+    points_analysed: int
+    """Points with an estimate, flagged or not."""
+    points_flagged: int
+    """Those with any flag."""
+    points_pending: int
+    """Points that wait for their positions, their frames or the worker."""
+    lag_seconds: float
+    """How long the oldest of them has waited."""
+    queue_bytes: int
+    """Embedded frames in memory."""
+    documents_pending: int
+    """Documents not looked at yet."""
+    worker_restarts: int
+    """How often the worker process had to be started again."""
+    errors: int
+    """Things that went wrong."""
+    last_error: str
+    """The last of them."""
+
+
+class NanobeamCallback:
+    """Analyse SXDM scans while they fly: ``RE.subscribe(NanobeamCallback())``.
+
+    Documents are taken in the RunEngine's thread in about a microsecond each; a thread
+    of the callback finds frames and positions, a worker process reads and analyses
+    them, and the documents of the derived run go to whatever is subscribed here.
+
+    Parameters
+    ----------
+    analyzer
+        "auto" (the trained network where there is one), "network" or "correlation".
+    preset
+        Where a run's geometry is: the name of a shipped preset, a path, or a `Preset`.
+        Runs that it does not match are ignored.
+    roi
+        Region of interest instead of the geometry's own.
+    on_missing_model
+        Without a trained network: "fit" falls back to the correlation fit, "skip"
+        closes the derived run with the reason.
+    device
+        Torch device of the worker.
+
+    Notes
+    -----
+    Nothing that goes wrong reaches the RunEngine: it is logged, counted in `health` and
+    written into the derived run's stop document.
+    """
+
+    def __init__(
+        self,
+        analyzer: Literal["auto", "network", "correlation"] = "auto",
+        *,
+        preset: Preset | str | Path = "default",
+        roi: ROI | None = None,
+        on_missing_model: Literal["fit", "skip"] = "fit",
+        device: str = "auto",
+    ) -> None:
+        self._preset = Preset.load(preset)
+        self._choice = AnalyzerChoice(analyzer, on_missing_model, device)
+        self._roi = roi
+        self._tally = Tally()
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._sinks: dict[int, BackgroundSink] = {}
+        self._next_token = 0
+        self._runs: dict[str, RunPipeline] = {}  # by raw uid
+        self._descriptors: dict[str, str] = {}  # descriptor or resource uid → raw uid
+        self._closing = threading.Event()
+        self._worker = WorkerClient(self._queue.put)
+        self._thread = threading.Thread(target=self._work, name="nanobeam-callback", daemon=True)
+        self._thread.start()
+        atexit.register(self.close, EXIT_SECONDS)
+
+    # ------------------------------------------------------------ the RunEngine's
+
+    def __call__(self, name: str, doc: Mapping[str, Any]) -> None:
+        """Take a document; never blocks, never raises."""
+        self._queue.put((name, doc))
+
+    # --------------------------------------------------------------- the user's
+
+    def subscribe(self, sink: Sink, name: str = "all") -> int:
+        """Send the derived run's documents to `sink`, behind its own thread.
+
+        Parameters
+        ----------
+        sink
+            Any callable of (name, document), such as a TiledWriter or a `LiveMaps`.
+        name
+            Kind of document; "all" for every one.
+
+        Returns
+        -------
+        token
+            For `unsubscribe`.
+        """
+        chosen = sink if name == "all" else _only(sink, name)
+        wrapped = chosen if isinstance(chosen, BackgroundSink) else BackgroundSink(chosen)
+        self._next_token += 1
+        self._sinks[self._next_token] = wrapped
+        return self._next_token
+
+    def unsubscribe(self, token: int) -> None:
+        """Stop sending to the sink with this token."""
+        self._sinks.pop(token).close()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until every derived run is closed and every sink has its documents.
+
+        Returns
+        -------
+        done
+            False if `timeout` seconds passed before.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+
+        def left() -> float | None:
+            return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+        while self._thread.is_alive():
+            handled = threading.Event()
+            self._queue.put((_MARK, handled))  # behind every document so far
+            if not handled.wait(left()):
+                return False
+            if not self._runs:
+                break
+            time.sleep(PAUSE_SECONDS)
+        return all(sink.wait(left()) for sink in list(self._sinks.values()))
+
+    def close(self, timeout: float | None = 10.0) -> None:
+        """Finish what has stopped, close what has not with the reason, end the worker."""
+        if self._closing.is_set():
+            return
+        if any(run.stopped for run in list(self._runs.values())) or not self._queue.empty():
+            self.wait(timeout)
+        self._closing.set()
+        self._queue.put((_MARK, threading.Event()))
+        self._thread.join(timeout)
+        for sink in self._sinks.values():
+            sink.close()
+        atexit.unregister(self.close)
+
+    @property
+    def health(self) -> Health:
+        """Counts so far."""
+        runs = list(self._runs.values())
+        sinks = [sink.health for sink in list(self._sinks.values())]
+        return Health(
+            runs=self._tally.runs,
+            points_seen=self._tally.points_seen,
+            points_analysed=self._tally.points_analysed,
+            points_flagged=self._tally.points_flagged,
+            points_pending=sum(run.points_pending for run in runs),
+            lag_seconds=max((run.lag_seconds for run in runs), default=0.0),
+            queue_bytes=sum(run.queue_bytes for run in runs),
+            documents_pending=self._queue.qsize(),
+            worker_restarts=self._worker.restarts,
+            errors=self._tally.errors + sum(s.errors for s in sinks),
+            last_error=self._tally.last_error
+            or next((s.last_error for s in sinks if s.last_error), ""),
+        )
+
+    # -------------------------------------------------------- the thread's own
+
+    def _work(self) -> None:
+        while not self._closing.is_set():
+            with contextlib.suppress(queue.Empty):
+                self._take(self._queue.get(timeout=0.05 if self._runs else None))
+                while True:
+                    self._take(self._queue.get_nowait())
+            for run in list(self._runs.values()):
+                self._guarded(run, run.poll)
+            self._forget_closed()
+            time.sleep(PAUSE_SECONDS)
+        for run in list(self._runs.values()):
+            run.fail("the callback was closed before the run had stopped")
+        self._worker.shutdown()
+
+    def _take(self, item: Any) -> None:
+        if len(item) == 3:
+            try:
+                self._worker.answer(item)
+            except Exception:
+                logger.exception("an answer of the worker could not be used")
+            return
+        name, doc = item
+        if name is _MARK:
+            doc.set()
+            return
+        try:
+            run = self._run_of(name, doc)
+        except Exception:
+            logger.exception("a %s document could not be understood", name)
+            return
+        if run is not None:
+            self._guarded(run, lambda: run.document(name, doc))
+
+    def _run_of(self, name: str, doc: Mapping[str, Any]) -> RunPipeline | None:
+        """Return the pipeline a document is for; starts one where it should."""
+        if name == "start":
+            if self._preset.matches(doc):
+                self._begin(doc)
+            return None
+        if name in ("descriptor", "stop", "stream_resource", "resource"):
+            raw = doc.get("run_start")
+            if raw in self._runs and name != "stop":
+                self._descriptors[doc["uid"]] = raw
+        elif name in ("stream_datum", "event", "event_page"):
+            raw = self._descriptors.get(doc["descriptor"])
+        else:
+            return None
+        return self._runs.get(raw) if raw is not None else None
+
+    def _begin(self, start: Mapping[str, Any]) -> None:
+        uid = start["uid"]
+        if uid in self._runs:
+            self._runs.pop(uid).fail("the run started again without a stop document")
+        run = RunPipeline(
+            start,
+            self._preset,
+            self._worker,
+            self._emit,
+            choice=self._choice,
+            roi=self._roi,
+            tally=self._tally,
+        )
+        if not run.closed:
+            self._runs[uid] = run
+
+    def _guarded(self, run: RunPipeline, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:
+            logger.exception("run %s: the analysis stopped", str(run.start["uid"])[:8])
+            with contextlib.suppress(Exception):
+                run.fail(f"internal error: {type(error).__name__}: {error}")
+            run.closed = True
+
+    def _forget_closed(self) -> None:
+        for uid in [uid for uid, run in self._runs.items() if run.closed]:
+            del self._runs[uid]
+            for key in [k for k, raw in self._descriptors.items() if raw == uid]:
+                del self._descriptors[key]
+
+    def _emit(self, name: str, doc: dict[str, Any]) -> None:
+        for sink in list(self._sinks.values()):
+            sink(name, doc)
+
+
+def _only(sink: Sink, wanted: str) -> Sink:
+    return lambda name, doc: sink(name, doc) if name == wanted else None

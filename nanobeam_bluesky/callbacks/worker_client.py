@@ -1,0 +1,216 @@
+"""The parent's side of the worker process: an executor that survives its worker."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import nanobeam_bluesky
+from nanobeam_bluesky.documents.pipeline import RunPipeline
+from nanobeam_bluesky.documents.processing import AnalyzerChoice, Processed, Task
+from nanobeam_bluesky.geometry import Geometry
+from nanobeam_bluesky.worker import Arrays, Message, decode_processed, encode_task, receive, send
+
+__all__ = ["WorkerClient"]
+
+logger = logging.getLogger("nanobeam_bluesky")
+
+TASK_ATTEMPTS = 3
+"""A task that was in hand at so many deaths of the worker is given up."""
+START_ATTEMPTS = 4
+"""Deaths in a row without one answer, after which the worker is left alone."""
+
+
+@dataclass
+class _Run:
+    pipeline: RunPipeline
+    geometry: Geometry
+    choice: AnalyzerChoice
+    opened: bool = False
+
+
+class WorkerClient:
+    """Executor that runs tasks in a worker process, and starts it again when it dies.
+
+    Parameters
+    ----------
+    notify
+        Called from a reader thread with whatever the worker says; the owner hands it
+        to `answer` in the thread that drives the pipelines. All other methods are for
+        that thread as well.
+    """
+
+    def __init__(self, notify: Callable[[Any], None]) -> None:
+        self.restarts = 0
+        self._notify = notify
+        self._runs: dict[str, _Run] = {}
+        self._tasks: dict[tuple[str, int], tuple[RunPipeline, Task]] = {}
+        self._deaths: dict[tuple[str, int], int] = {}
+        self._fruitless = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._start()
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the worker; None while there is none."""
+        return None if self._process is None else self._process.pid
+
+    # ----------------------------------------------------------------- Executor
+
+    def open(self, pipeline: RunPipeline, geometry: Geometry, choice: AnalyzerChoice) -> None:
+        """Have the worker prepare for a run."""
+        self._runs[pipeline.key] = run = _Run(pipeline, geometry, choice)
+        if self._process is None:
+            self._fruitless = 0
+            self._start()
+        self._send_open(pipeline.key, run)
+
+    def submit(self, pipeline: RunPipeline, task: Task) -> None:
+        """Send a task."""
+        self._tasks[pipeline.key, task.number] = (pipeline, task)
+        self._send_task(task)
+
+    def close(self, pipeline: RunPipeline) -> None:
+        """Have the worker close the run's files."""
+        self._runs.pop(pipeline.key, None)
+        for key in [k for k in self._tasks if k[0] == pipeline.key]:
+            del self._tasks[key]
+        self._send({"kind": "close", "run": pipeline.key})
+
+    # ------------------------------------------------------------------ answers
+
+    def answer(self, item: tuple[subprocess.Popen[bytes], Message | None, Arrays]) -> None:
+        """Take what the reader thread has notified."""
+        process, message, arrays = item
+        if process is not self._process:
+            return  # the last words of a worker that was replaced
+        if message is None:
+            self._died()
+            return
+        self._fruitless = 0
+        run = self._runs.get(message["run"])
+        if run is None:
+            return
+        if message["kind"] == "processed":
+            _, task = self._tasks.pop((message["run"], message["number"]), (None, None))
+            if task is not None:
+                run.pipeline.processed(decode_processed(message, arrays, task))
+        elif message["kind"] == "refused":
+            run.pipeline.fail(f"no analyzer: {message['reason']}")
+        elif not run.opened:
+            run.opened = True
+            run.pipeline.opened(message["settings"])
+
+    def shutdown(self) -> None:
+        """End the worker."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with contextlib.suppress(OSError):
+            process.stdin.close()  # type: ignore[union-attr]
+        try:
+            process.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    # ---------------------------------------------------------------- internals
+
+    def _start(self) -> None:
+        root = str(Path(nanobeam_bluesky.__file__).parents[1])
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "nanobeam_bluesky.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=os.environ | threads | {"PYTHONPATH": os.pathsep.join(paths)},
+                start_new_session=True,
+            )
+        except OSError as error:
+            logger.error("the worker process could not be started: %s", error)
+            self._process = None
+            return
+        self._process = process
+        threading.Thread(
+            target=self._read, args=(process,), name="nanobeam-worker-reader", daemon=True
+        ).start()
+
+    def _read(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        try:
+            while (received := receive(process.stdout)) is not None:
+                self._notify((process, *received))
+        except (OSError, ValueError):
+            process.kill()
+        self._notify((process, None, []))
+
+    def _died(self) -> None:
+        assert self._process is not None
+        code = self._process.wait()
+        self.restarts += 1
+        self._fruitless += 1
+        waiting = next(iter(self._tasks), None)
+        logger.warning("the worker process ended with %s; starting it again", code)
+        if waiting is not None:
+            self._deaths[waiting] = self._deaths.get(waiting, 0) + 1
+            if self._deaths[waiting] >= TASK_ATTEMPTS:
+                self._give_up(waiting, f"the worker process ended {TASK_ATTEMPTS} times here")
+        if self._fruitless >= START_ATTEMPTS:
+            self._process = None
+            logger.error("the worker process ended %d times without an answer", self._fruitless)
+        else:
+            self._start()
+        if self._process is None:
+            self._fail_all()
+            return
+        for key, run in self._runs.items():
+            self._send_open(key, run)
+        for _, task in self._tasks.values():
+            self._send_task(task)
+
+    def _fail_all(self) -> None:
+        for key in list(self._tasks):
+            self._give_up(key, "there is no worker process")
+        for run in list(self._runs.values()):
+            if not run.opened:
+                run.pipeline.fail("the worker process cannot be started; its log says why")
+
+    def _give_up(self, key: tuple[str, int], reason: str) -> None:
+        self._deaths.pop(key, None)
+        pipeline, task = self._tasks.pop(key)
+        pipeline.processed(Processed.failed(task, reason))
+
+    def _send_open(self, key: str, run: _Run) -> None:
+        self._send(
+            {
+                "kind": "open",
+                "run": key,
+                "geometry": run.geometry.model_dump(mode="json", exclude_none=True),
+                "choice": asdict(run.choice),
+            }
+        )
+        if self._process is None:
+            run.pipeline.fail("the worker process cannot be started; its log says why")
+
+    def _send_task(self, task: Task) -> None:
+        message, arrays = encode_task(task)
+        self._send({"kind": "task"} | message, arrays)
+        if self._process is None:
+            self._give_up((task.run, task.number), "there is no worker process")
+
+    def _send(self, message: Message, arrays: Arrays | None = None) -> None:
+        if self._process is None:
+            return
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # a dead worker: its reader notices
+            send(self._process.stdin, message, arrays)

@@ -1,0 +1,144 @@
+"""From references to estimates: what the worker process, or an offline caller, runs."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanobeam_bluesky.documents.frames import FrameReader, ReadStatus
+from nanobeam_bluesky.documents.references import PointBlock
+from nanobeam_bluesky.geometry import Geometry
+from nanobeam_bluesky.models import Analyzer, Estimates, Flag, ModelNotFoundError
+
+__all__ = ["AnalyzerChoice", "Processed", "Processor", "Task"]
+
+logger = logging.getLogger("nanobeam_bluesky")
+
+
+@dataclass(frozen=True)
+class AnalyzerChoice:
+    """Which estimator to use."""
+
+    method: str = "auto"
+    """"auto" (network, where one is trained), "network" or "correlation"."""
+    on_missing_model: str = "fit"
+    """"fit" (correlation fit) or "skip" (no derived points) where no network is trained."""
+    device: str = "auto"
+    """Torch device, e.g. "cpu"."""
+
+    def build(self, geometry: Geometry) -> Analyzer:
+        """Load or make the analyzer; `ModelNotFoundError` if there is none to be had."""
+        if self.method != "auto":
+            return Analyzer.for_geometry(geometry, method=self.method, device=self.device)
+        try:
+            return Analyzer.for_geometry(geometry, method="network", device=self.device)
+        except ModelNotFoundError as error:
+            if self.on_missing_model != "fit":
+                raise
+            logger.warning("%s; falling back to the correlation fit", error)
+            return Analyzer.for_geometry(geometry, method="correlation", device=self.device)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Some points of one run."""
+
+    run: str
+    """Key of the run."""
+    number: int
+    """Number of the task, unique in the process."""
+    frames: tuple[PointBlock, ...]
+    """Where the frames are."""
+    positions: dict[str, tuple[PointBlock, ...]] = field(default_factory=dict)
+    """Where the motors' positions are, for those that are not known yet."""
+
+    @property
+    def points(self) -> NDArray[np.int64]:
+        """Point numbers (n,)."""
+        return np.concatenate([np.arange(b.first, b.stop) for b in self.frames])
+
+
+@dataclass(frozen=True)
+class Processed:
+    """What became of a `Task`; arrays of length n in the order of its points."""
+
+    task: Task
+    status: NDArray[np.int8]
+    """`ReadStatus` of the frames."""
+    estimates: Estimates
+    positions: dict[str, NDArray[np.float64]]
+    """NaN where not read."""
+    position_status: NDArray[np.int8]
+    """`ReadStatus` of the positions, the worst of the motors'."""
+    reason: str = ""
+    """The first thing that went wrong; "" if nothing did."""
+
+    @classmethod
+    def failed(cls, task: Task, reason: str) -> Processed:
+        """All points of a task without a result."""
+        n = len(task.points)
+        return cls(
+            task,
+            np.full(n, ReadStatus.OK, np.int8),
+            Estimates.empty(n, Flag.NOT_CONVERGED),
+            {motor: np.full(n, np.nan) for motor in task.positions},
+            np.full(n, ReadStatus.NEVER if task.positions else ReadStatus.OK, np.int8),
+            reason,
+        )
+
+
+class Processor:
+    """Runs tasks of any number of runs; keeps their analyzers and open files."""
+
+    def __init__(self) -> None:
+        self._runs: dict[str, tuple[Analyzer, FrameReader]] = {}
+        self._analyzers: dict[tuple[Geometry, AnalyzerChoice], Analyzer] = {}
+
+    def open(self, run: str, geometry: Geometry, choice: AnalyzerChoice) -> dict[str, Any]:
+        """Prepare for a run; return the analyzer's settings."""
+        key = (geometry, choice)
+        if key not in self._analyzers:
+            self._analyzers[key] = choice.build(geometry)
+        analyzer = self._analyzers[key]
+        self._runs[run] = (analyzer, FrameReader(geometry))
+        return analyzer.settings
+
+    def close(self, run: str) -> None:
+        """Close the run's files."""
+        if run in self._runs:
+            self._runs.pop(run)[1].close()
+
+    def process(self, task: Task) -> Processed:
+        """Read and analyse; whatever goes wrong is in the answer."""
+        try:
+            analyzer, reader = self._runs[task.run]
+            return _process(task, analyzer, reader)
+        except Exception as error:
+            logger.exception("run %s: points could not be analysed", task.run[:8])
+            return Processed.failed(task, f"{type(error).__name__}: {error}")
+
+
+def _process(task: Task, analyzer: Analyzer, reader: FrameReader) -> Processed:
+    read = [reader.patterns(block) for block in task.frames]
+    patterns, saturated, status = (np.concatenate([r[i] for r in read]) for i in range(3))  # type: ignore[misc]
+    reasons = [r[3] for r in read]
+    estimates = Estimates.empty(len(status), Flag.FRAME_MISSING)
+    ok = status == ReadStatus.OK
+    if ok.any():
+        fitted = analyzer.process(patterns[ok])
+        flags = fitted.flags | np.where(saturated[ok], Flag.SATURATED, 0)
+        estimates = estimates.put(ok, replace(fitted, flags=flags))
+    positions = {}
+    position_status = np.zeros(len(status), dtype=np.int8)
+    for motor, blocks in task.positions.items():
+        numbers = [reader.scalars(block) for block in blocks]
+        positions[motor] = np.concatenate([n[0] for n in numbers])
+        worst = np.concatenate([n[1] for n in numbers])
+        position_status = np.maximum(position_status, worst)
+        reasons += [n[2] for n in numbers]
+    reason = next((r for r in reasons if r), "")
+    return Processed(task, status, estimates, positions, position_status, reason)

@@ -1,0 +1,242 @@
+"""Frames and positions are read from real files, finished or growing, whole or damaged."""
+
+import os
+import re
+import sys
+from subprocess import PIPE, Popen
+from typing import get_args
+
+import h5py
+import numpy as np
+import pytest
+
+from nanobeam_bluesky.documents import FrameReader, PointBlock, ReadStatus, StoredRows
+from nanobeam_bluesky.documents.frames import MAX_OPEN_FILES, bin_frames
+from nanobeam_bluesky.geometry import Geometry, Orientation
+
+OK, RETRY, NEVER = ReadStatus.OK, ReadStatus.RETRY, ReadStatus.NEVER
+
+
+def geometry(**changes):
+    values = Geometry.published().model_dump() | {"roi_shape": (32, 48)} | changes
+    return Geometry.model_validate(values)
+
+
+def frames(n, shape=(512, 512), dtype=np.uint16):
+    return np.random.default_rng(n).integers(0, 50, (n, *shape)).astype(dtype)
+
+
+def write(path, data, **options):
+    with h5py.File(path, "w", libver="latest") as file:
+        file.create_dataset("entry/data", data=data, chunks=(1, *data.shape[1:]), **options)
+    return StoredRows(str(path), "entry/data", 0)
+
+
+def plain_pattern(frame, geometry):
+    """What a pattern is, pixel by pixel."""
+    roi, b = geometry.roi, geometry.binning
+    binned = np.zeros((roi.height // b, roi.width // b), np.float32)
+    for i in range(binned.shape[0]):
+        for j in range(binned.shape[1]):
+            row, col = roi.row + i * b, roi.col + j * b
+            binned[i, j] = frame[row : row + b, col : col + b].sum()
+    turns = {
+        "identity": binned,
+        "flip_x": np.fliplr(binned),
+        "flip_y": np.flipud(binned),
+        "rotate_180": np.rot90(binned, 2),
+        "transpose": binned.T,
+        "rotate_90": np.rot90(binned),
+        "rotate_270": np.rot90(binned, 3),
+        "antitranspose": np.rot90(binned, 2).T,
+    }
+    return turns[geometry.orientation]
+
+
+@pytest.mark.parametrize("orientation", get_args(Orientation))
+@pytest.mark.parametrize("binning", [1, 2, 4])
+def test_patterns_are_the_binned_turned_roi(tmp_path, orientation, binning):
+    g = geometry(orientation=orientation, binning=binning)
+    data = frames(3)
+    patterns, _, status, _ = FrameReader(g).patterns(
+        PointBlock(1, 3, write(tmp_path / "a.h5", data))
+    )
+    assert status.tolist() == [OK] * 3
+    for pattern, frame in zip(patterns, data, strict=True):
+        np.testing.assert_array_equal(pattern, plain_pattern(frame, g))
+
+
+def test_the_bragg_centre_turns_with_the_pattern():
+    """A bright pixel at the Bragg centre ends up at `pattern_center`."""
+    for orientation in ("identity", "flip_x", "transpose", "rotate_90", "rotate_270"):
+        g = geometry(orientation=orientation, bragg_center_px=(251.5, 259.5), binning=1)
+        frame = np.zeros((512, 512), np.uint16)
+        frame[259, 251] = 1
+        pattern = bin_frames(frame[None][(slice(None), *g.roi.slices)], g)[0][0]
+        row, col = np.argwhere(pattern)[0]
+        assert (col + 0.5, row + 0.5) == g.pattern_center
+
+
+@pytest.mark.parametrize("compression", ["bslz4", "gzip"])
+def test_compressed_frames_are_read(tmp_path, compression):
+    import hdf5plugin
+
+    options = {"bslz4": dict(hdf5plugin.Bitshuffle(cname="lz4")), "gzip": {"compression": "gzip"}}
+    data = frames(2)
+    stored = write(tmp_path / "a.h5", data, **options[compression])
+    patterns, *_ = FrameReader(geometry()).patterns(PointBlock(1, 2, stored))
+    np.testing.assert_array_equal(patterns[1], plain_pattern(data[1], geometry()))
+
+
+def test_several_frames_of_a_point_are_summed(tmp_path):
+    data = frames(6)
+    stored = write(tmp_path / "a.h5", data)
+    rows = StoredRows(stored.path, stored.dataset, 2, rows_per_point=2)
+    patterns, *_ = FrameReader(geometry()).patterns(PointBlock(2, 2, rows))
+    np.testing.assert_array_equal(patterns[1], plain_pattern(data[4] + data[5], geometry()))
+
+
+def test_a_masked_pixel_takes_the_mean_of_its_bin_and_does_not_saturate():
+    g = geometry(
+        pixel_mask=((240, 240), (250, 250), (250, 251), (251, 250), (251, 251)),
+        saturation_value=1000,
+    )
+    roi = np.full((1, 32, 48), 3, np.uint16)
+    rows, cols = g.roi.row, g.roi.col
+    roi[0, 240 - rows, 240 - cols] = 5000
+    patterns, saturated = bin_frames(roi, g)
+    assert not saturated[0]
+    assert patterns[0, (240 - rows) // 2, (240 - cols) // 2] == 12
+    assert patterns[0, (250 - rows) // 2, (250 - cols) // 2] == 0
+    assert np.sort(np.unique(patterns)).tolist() == [0, 12]
+
+
+def test_a_saturated_pixel_is_noticed_in_its_frame_only():
+    roi = np.zeros((3, 32, 48), np.uint16)
+    roi[1, 4, 5] = 1000
+    assert bin_frames(roi, geometry(saturation_value=1000))[1].tolist() == [False, True, False]
+
+
+def test_a_growing_file_is_read_as_far_as_it_is(tmp_path):
+    data = frames(4)
+    reader = FrameReader(geometry())
+    with h5py.File(tmp_path / "a.h5", "w", libver="latest") as file:
+        dataset = file.create_dataset(
+            "d", (0, 512, 512), "<u2", maxshape=(None, 512, 512), chunks=(1, 512, 512)
+        )
+        file.swmr_mode = True
+        block = PointBlock(1, 4, StoredRows(str(tmp_path / "a.h5"), "d", 0))
+        for n in range(5):
+            if n:
+                dataset.resize(n, axis=0)
+                dataset[n - 1] = data[n - 1]
+                dataset.flush()
+            patterns, _, status, reason = reader.patterns(block)
+            assert status.tolist() == [OK] * n + [RETRY] * (4 - n)
+            assert bool(reason) == (n < 4)
+    np.testing.assert_array_equal(patterns[3], plain_pattern(data[3], geometry()))
+
+
+def test_rows_that_are_allocated_before_they_are_written_are_read_afresh(tmp_path):
+    data = frames(2)
+    reader = FrameReader(geometry())
+    with h5py.File(tmp_path / "a.h5", "w", libver="latest") as file:
+        dataset = file.create_dataset("d", (2, 512, 512), "<u2", chunks=(1, 512, 512))
+        file.swmr_mode = True
+        stored = StoredRows(str(tmp_path / "a.h5"), "d", 0)
+        for i in range(2):
+            dataset[i] = data[i]
+            dataset.flush()
+            patterns, *_ = reader.patterns(PointBlock(1, i + 1, stored))
+            np.testing.assert_array_equal(patterns[i], plain_pattern(data[i], geometry()))
+
+
+def test_a_file_that_appears_later_is_found_then(tmp_path):
+    reader = FrameReader(geometry())
+    block = PointBlock(1, 2, StoredRows(str(tmp_path / "a.h5"), "entry/data", 0))
+    _, _, status, reason = reader.patterns(block)
+    assert status.tolist() == [RETRY] * 2
+    assert "No such file" in reason
+    write(tmp_path / "a.h5", frames(2))
+    assert reader.patterns(block)[2].tolist() == [OK] * 2
+
+
+def test_a_file_whose_writer_has_no_swmr_is_read_when_it_is_closed(tmp_path):
+    reader = FrameReader(geometry())
+    block = PointBlock(1, 1, StoredRows(str(tmp_path / "a.h5"), "d", 0))
+    code = (
+        "import h5py, numpy, sys\n"
+        "with h5py.File(sys.argv[1], 'w') as f:\n"
+        "    f['d'] = numpy.ones((1, 512, 512), 'u2'); print(1, flush=True); input()\n"
+    )
+    command = [sys.executable, "-c", code, block.stored.path]
+    with Popen(command, stdin=PIPE, stdout=PIPE) as writer:
+        writer.stdout.readline()
+        assert reader.patterns(block)[2].tolist() == [RETRY]
+        writer.communicate(b"\n")
+    assert reader.patterns(block)[2].tolist() == [OK]
+
+
+def test_a_truncated_file_loses_only_what_is_cut_off(tmp_path):
+    stored = write(tmp_path / "a.h5", frames(4))
+    os.truncate(stored.path, os.path.getsize(stored.path) * 5 // 8)
+    patterns, _, status, reason = FrameReader(geometry()).patterns(PointBlock(1, 4, stored))
+    assert status.tolist() == [OK, OK, RETRY, RETRY]
+    assert "truncated" in reason
+    np.testing.assert_array_equal(patterns[1], plain_pattern(frames(4)[1], geometry()))
+
+
+def test_one_damaged_chunk_costs_one_point(tmp_path):
+    stored = write(tmp_path / "a.h5", frames(4), compression="gzip")
+    with h5py.File(stored.path, "r+") as file:
+        file["entry/data"].id.write_direct_chunk((2, 0, 0), b"this is no gzip")
+    patterns, _, status, reason = FrameReader(geometry()).patterns(PointBlock(1, 4, stored))
+    assert status.tolist() == [OK, OK, RETRY, OK]
+    assert "row 2" in reason
+    np.testing.assert_array_equal(patterns[3], plain_pattern(frames(4)[3], geometry()))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (np.zeros((2, 100, 100), np.uint16), "100 × 100"),
+        (np.zeros((2, 512), np.uint16), r"shape \(2, 512\)"),
+        (np.zeros((2, 512, 512), "S3"), "expected a dataset of numbers"),
+    ],
+)
+def test_frames_of_the_wrong_kind_are_never_readable(tmp_path, data, words):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["d"] = data
+    stored = StoredRows(str(tmp_path / "a.h5"), "d", 0)
+    _, _, status, reason = FrameReader(geometry()).patterns(PointBlock(1, 2, stored))
+    assert status.tolist() == [NEVER] * 2
+    assert re.search(words, reason)
+
+
+def test_a_device_file_is_never_opened():
+    _, _, status, reason = FrameReader(geometry()).patterns(
+        PointBlock(1, 1, StoredRows("/dev/zero", "d", 0))
+    )
+    assert status.tolist() == [NEVER]
+    assert "regular file" in reason
+
+
+def test_scalars_are_read_and_oversampled_ones_averaged(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["x"] = np.arange(20.0)
+    reader = FrameReader(geometry())
+    one, status, _ = reader.scalars(PointBlock(3, 2, StoredRows(str(tmp_path / "a.h5"), "x", 2)))
+    assert (one.tolist(), status.tolist()) == ([2, 3], [OK, OK])
+    ten, *_ = reader.scalars(PointBlock(2, 1, StoredRows(str(tmp_path / "a.h5"), "x", 10, 10)))
+    assert ten.tolist() == [14.5]
+
+
+def test_a_file_a_row_does_not_exhaust_open_files(tmp_path):
+    reader = FrameReader(geometry())
+    before = len(os.listdir("/proc/self/fd"))
+    for i in range(3 * MAX_OPEN_FILES):
+        stored = write(tmp_path / f"{i}.h5", frames(1))
+        assert reader.patterns(PointBlock(1, 1, stored))[2].tolist() == [OK]
+    assert len(os.listdir("/proc/self/fd")) <= before + MAX_OPEN_FILES
+    reader.close()
+    assert len(os.listdir("/proc/self/fd")) <= before
