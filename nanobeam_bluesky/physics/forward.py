@@ -64,7 +64,7 @@ def forward(
     ValueError
         If parameters are not finite, a strain is not above -1, or lengths do not fit.
     """
-    strain, omega, chi, background = _columns(
+    strain, omega, chi, background = columns(
         strain=strain, omega=omega, chi=chi, background=background
     )
     out = np.empty((strain.size, *geometry.pattern_shape), np.float32)
@@ -122,11 +122,12 @@ def simulate_library(
     """
     axes = [np.asarray(axis, float) for axis in (strain, omega, chi)]
     grid = np.meshgrid(*axes, indexing="ij")
-    patterns = forward(*(a.ravel() for a in grid), geometry, sampling=sampling)
+    eps, om, ch = (a.ravel() for a in grid)
+    patterns = forward(eps, om, ch, geometry, sampling=sampling)
     return patterns.reshape(*grid[0].shape, *patterns.shape[1:])
 
 
-def _columns(**values: ArrayLike) -> list[NDArray[np.float64]]:
+def columns(**values: ArrayLike) -> list[NDArray[np.float64]]:
     """Parameters as arrays of one common length."""
     arrays = {name: np.atleast_1d(np.asarray(value, float)) for name, value in values.items()}
     shapes = ", ".join(f"{name} {a.shape}" for name, a in arrays.items())

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nanobeam_bluesky.geometry import HC_KEV_ANGSTROM, Geometry, RectangularPupil
 from nanobeam_bluesky.physics._numba import kernel
+
+Floats = NDArray[np.floating[Any]]
 
 HC_PUBLISHED = 12.398
 """hc of the published code, keV Å; its wavelength is shorter by 3.4e-5."""
@@ -30,12 +32,12 @@ class PublishedPlan(NamedTuple):
     """What all patterns of a geometry share; reciprocal lengths in Å⁻¹."""
 
     g: float  # 2π/d of the relaxed film
-    qx: NDArray[np.float64]  # (nx,)
-    qz: NDArray[np.float64]  # (nx,)
-    qy: NDArray[np.float64]  # (ny,)
-    ox: NDArray[np.float64]  # (nu,)
-    oz: NDArray[np.float64]  # (nu,)
-    oy: NDArray[np.float64]  # (nv,)
+    qx: Floats  # (nx,)
+    qz: Floats  # (nx,)
+    qy: Floats  # (ny,)
+    ox: Floats  # (nu,)
+    oz: Floats  # (nu,)
+    oy: Floats  # (nv,)
     below: NDArray[np.float32]  # (nu, nv + 1): open pupil points below the v-th
     thickness: float  # Å
 
@@ -123,7 +125,7 @@ def published_peak(geometry: Geometry) -> float:
 
 
 @kernel
-def _window(position, points, lo, hi):  # type: ignore[no-untyped-def]  # numba infers
+def _window(position: Floats, points: Floats, lo: NDArray[np.int64], hi: NDArray[np.int64]) -> None:
     """Fill lo, hi with the range of points (monotonic) within the window of each position."""
     for i in range(position.size):
         first = 0
@@ -136,7 +138,15 @@ def _window(position, points, lo, hi):  # type: ignore[no-untyped-def]  # numba 
 
 
 @kernel
-def render_published(plan, gx, gy, g_strained, scale, background, out):  # type: ignore[no-untyped-def]
+def render_published(
+    plan: PublishedPlan,
+    gx: Floats,
+    gy: Floats,
+    g_strained: Floats,
+    scale: float,
+    background: Floats,
+    out: NDArray[np.float32],
+) -> None:
     """Fill out (n, ny, nx) for tilts gx, gy = G·(ω, χ) and G/(1+ε), in Å⁻¹, each (n,)."""
     n, ny, nx = out.shape
     nu = plan.ox.size
