@@ -147,8 +147,7 @@ _Map = NDArray[np.float64]
 
 
 def _centred(points: int) -> NDArray[np.float64]:
-    positions: NDArray[np.float64] = STEP_UM * (np.arange(points) - (points - 1) / 2)
-    return positions
+    return np.asarray(STEP_UM * (np.arange(points) - (points - 1) / 2), np.float64)
 
 
 def _mesh(
