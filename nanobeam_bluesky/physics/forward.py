@@ -131,7 +131,8 @@ def columns(**values: ArrayLike) -> list[NDArray[np.float64]]:
     """Parameters as arrays of one common length."""
     arrays = {name: np.atleast_1d(np.asarray(value, float)) for name, value in values.items()}
     shapes = ", ".join(f"{name} {a.shape}" for name, a in arrays.items())
-    n = max(a.size for a in arrays.values())
+    sizes = [a.size for a in arrays.values()]
+    n = max(sizes) if min(sizes) else 0
     if any(a.ndim != 1 or a.size not in (1, n) for a in arrays.values()):
         raise ValueError(f"scalars or arrays of one length are needed, found shapes {shapes}")
     for name, a in arrays.items():
