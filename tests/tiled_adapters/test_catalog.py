@@ -1,0 +1,259 @@
+"""The embedded catalogue: written while a run goes on, read back, opened again, served."""
+
+import json
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+
+import h5py
+import numpy as np
+import pytest
+from event_model import compose_run
+from tiled.client import from_uri
+
+from nanobeam_bluesky.callbacks.sink import BackgroundSink
+from nanobeam_bluesky.tiled_adapters import (
+    derived_writer,
+    open_catalog,
+    raw_writer,
+    serve,
+    writers,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("catalog")
+
+
+@pytest.fixture(scope="module")
+def catalog(folder):
+    client = open_catalog(folder)
+    yield client
+    client.context.close()
+
+
+def test_every_event_page_can_be_read_before_the_run_ends(catalog, derived_documents):
+    documents = derived_documents((4, 5), page=6)
+    uid = documents[0][1]["uid"]
+    write = derived_writer(catalog["derived"])
+    lengths = []
+    for name, doc in documents:
+        write(name, doc)
+        if name == "event_page":
+            run = catalog["derived"][uid]
+            assert run.metadata.get("stop") is None
+            lengths.append(len(run["primary"].base["internal"].read()))
+    assert lengths == [6, 12, 18, 20]
+
+
+def test_derived_run_is_read_back_as_it_was_written(catalog, derived_documents):
+    flags = np.zeros((3, 4), dtype=int)
+    flags[1, 2] = 32
+    strain = np.where(flags, np.nan, np.arange(12.0).reshape(3, 4) * 1e-4)
+    documents = derived_documents((3, 4), page=5, change={"strain": strain, "flags": flags})
+    write = derived_writer(catalog["derived"])
+    for name, doc in documents:
+        write(name, doc)
+    run = catalog["derived"][documents[0][1]["uid"]]
+    assert [spec.name for spec in run.specs] == ["NanobeamRun", "BlueskyRun"]
+    assert run.metadata["start"]["original_run_uid"] == documents[0][1]["original_run_uid"]
+    assert run.metadata["stop"]["exit_status"] == "success"
+    table = run["primary"].base["internal"].read()
+    assert table["seq_num"].tolist() == list(range(1, 13))
+    for key in documents[1][1]["data_keys"]:
+        written = np.concatenate([doc["data"][key] for name, doc in documents[2:-1]])
+        np.testing.assert_array_equal(table[key].to_numpy(), written)
+    assert run["primary"].read(["strain"])["strain"].shape == (12,)
+
+
+def test_interleaved_derived_runs_stay_apart(catalog, derived_documents):
+    runs = [derived_documents((2, 3), page=2) for _ in range(2)]
+    write = derived_writer(catalog["derived"])
+    for pair in zip(*runs, strict=True):
+        for name, doc in pair:
+            write(name, doc)
+    for documents in runs:
+        run = catalog["derived"][documents[0][1]["uid"]]
+        assert len(run["primary"].base["internal"].read()) == 6
+
+
+def test_folder_can_be_opened_again_and_from_a_second_process(tmp_path, derived_documents):
+    documents = derived_documents((3, 4))
+    uid = documents[0][1]["uid"]
+    first = open_catalog(tmp_path)
+    write = derived_writer(first["derived"])
+    for name, doc in documents:
+        write(name, doc)
+    script = (
+        "import sys; from nanobeam_bluesky.tiled_adapters import open_catalog\n"
+        "run = open_catalog(sys.argv[1])['derived'].values().last()\n"
+        "print(run.metadata['start']['uid'], run['primary']['strain'].read().shape)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.split("\n")[0] == f"{uid} (12,)", done.stderr
+    first.context.close()
+
+    again = open_catalog(tmp_path)
+    try:
+        assert list(again) == ["raw", "derived"]
+        assert list(again["derived"]) == [uid]
+        other = derived_documents((2, 2))
+        write = derived_writer(again["derived"])
+        for name, doc in other:
+            write(name, doc)
+        assert len(again["derived"]) == 2
+    finally:
+        again.context.close()
+
+
+FRAMES = np.arange(6 * 4 * 5, dtype=np.uint16).reshape(6, 4, 5)
+
+
+def raw_documents(path):
+    """Fly a scan of six frames into an HDF5 file that is always one frame ahead."""
+    run = compose_run()
+    key = {"source": "test", "dtype": "array", "dtype_numpy": "<u2", "shape": [1, 4, 5]}
+    stream = run.compose_descriptor(
+        name="primary", data_keys={"img": key | {"external": "STREAM:"}}
+    )
+    resource = run.compose_stream_resource(
+        mimetype="application/x-hdf5",
+        uri=f"file://localhost{path}",
+        data_key="img",
+        parameters={"dataset": "/entry/data", "chunk_shape": [1, 4, 5]},
+    )
+    yield "start", run.start_doc
+    yield "descriptor", stream.descriptor_doc
+    yield "stream_resource", resource.stream_resource_doc
+    with h5py.File(path, "w", libver="latest") as file:
+        dataset = file.create_dataset(
+            "entry/data", (0, 4, 5), "<u2", maxshape=(None, 4, 5), chunks=(1, 4, 5)
+        )
+        file.swmr_mode = True
+        for i in (0, 2, 4):
+            dataset.resize(min(i + 3, 6), axis=0)
+            dataset[i:] = FRAMES[i : i + 3]
+            dataset.flush()
+            yield (
+                "stream_datum",
+                resource.compose_stream_datum(
+                    indices={"start": i, "stop": i + 2},
+                    seq_nums={"start": i + 1, "stop": i + 3},
+                    descriptor=stream.descriptor_doc,
+                ),
+            )
+    yield "stop", run.compose_stop()
+
+
+def test_frames_of_a_raw_run_can_be_read_while_it_flies(catalog, folder, monkeypatch):
+    monkeypatch.setattr(writers, "RAW_BATCH", 4)
+    sink = BackgroundSink(raw_writer(catalog["raw"]))
+    documents = raw_documents(folder / "frames" / "scan.h5")
+    uid = ""
+    for name, doc in documents:
+        uid = uid or doc["uid"]
+        sink(name, doc)
+        if name == "stream_datum" and doc["indices"]["stop"] == 4:
+            assert sink.wait(30)
+            run = catalog["raw"][uid]
+            np.testing.assert_array_equal(run["primary"]["img"].read(), FRAMES[:4])
+            assert "stop" not in run.metadata
+    assert sink.close(30)
+    assert sink.health.errors == 0, sink.health.last_error
+    run = catalog["raw"][uid]
+    np.testing.assert_array_equal(run["primary"]["img"].read(), FRAMES)
+    assert run.metadata["stop"]["exit_status"] == "success"
+
+
+def test_frames_outside_the_readable_folders_are_refused(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    documents = list(raw_documents(tmp_path / "elsewhere" / "scan.h5"))
+    uid = documents[0][1]["uid"]
+    client = open_catalog(tmp_path / "catalog")
+    write = raw_writer(client["raw"])
+    for name, doc in documents:
+        write(name, doc)
+    with pytest.raises(RuntimeError, match="outside the readable storage"):
+        client["raw"][uid]["primary"]["img"].read()
+    client.context.close()
+
+    client = open_catalog(tmp_path / "catalog", readable_storage=[tmp_path / "elsewhere"])
+    np.testing.assert_array_equal(client["raw"][uid]["primary"]["img"].read(), FRAMES)
+    client.context.close()
+
+
+def test_failed_run_goes_to_the_backup(catalog, tmp_path, derived_documents):
+    documents = derived_documents((2, 3))
+    write = derived_writer(catalog["derived"], backup_directory=tmp_path / "backup")
+    for name, doc in documents:
+        write(name, doc)
+    for name, doc in documents:  # the same uid twice is a conflict
+        write(name, doc)
+    (file,) = (tmp_path / "backup").iterdir()
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["name"] for line in lines] == [name for name, _ in documents]
+
+
+def test_catalogues_of_one_process_do_not_lock_each_other_out(catalog, tmp_path):
+    with serve(tmp_path) as url:
+        other = from_uri(url)
+        assert list(other) == list(catalog) == ["raw", "derived"]
+        other.context.close()
+
+
+def test_served_catalogue_wants_its_key_and_listens_on_this_machine_alone(
+    tmp_path, derived_documents
+):
+    documents = derived_documents((2, 3))
+    with serve(tmp_path) as url:
+        client = from_uri(url)
+        write = derived_writer(client["derived"])
+        for name, doc in documents:
+            write(name, doc)
+        assert client["derived"].values().last()["primary"]["strain"].read().shape == (6,)
+        client.context.close()
+
+        base, key = url.split("?api_key=")
+        assert len(key) == 64
+        host, port = base.removeprefix("http://").split(":")
+        assert host == "127.0.0.1"
+        with pytest.raises(OSError, match="in use"), serve(tmp_path, port=int(port)):
+            pass
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{base}/api/v1/metadata/derived")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((host, int(port)))
+
+
+def test_served_paths_cannot_climb_out_of_their_route(tmp_path):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    up = "/".join([".."] * 12)
+    with serve(tmp_path / "catalog") as url:
+        base, query = url.split("?")
+        host, port = base.removeprefix("http://").split(":")
+        for path in (
+            f"/ui/{up}{secret}",
+            f"/ui/{secret}",
+            f"/ui/%2e%2e/{up}{secret}",
+            f"/static/{up}{secret}",
+            f"/ui/{secret}".replace("/secret", "%2fsecret"),
+            "/ui/" + f"{up}{secret}".replace("/", "%5c"),
+        ):
+            with socket.create_connection((host, int(port))) as connection:
+                request = (
+                    f"GET {path}?{query} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+                )
+                connection.sendall(request.encode())
+                answer = b"".join(iter(lambda: connection.recv(65536), b""))
+            assert answer.endswith(b"</html>\n") or b" 404 " in answer.split(b"\r\n")[0], path
+            assert b"secret" not in answer.split(b"\r\n\r\n", 1)[1], path
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"{base}/api/graphql?{query}")
+        page = urllib.request.urlopen(f"{base}/ui/?{query}").read()
+        assert b"<html" in page
