@@ -27,5 +27,5 @@ def test_an_error_in_a_thread_is_raised():
         raise RuntimeError(f"{part.start}")
 
     for n in (10, 1000):
-        with pytest.raises(RuntimeError, match="^0$"):
+        with pytest.raises(RuntimeError, match=r"^0$"):
             in_threads(fail, n)
