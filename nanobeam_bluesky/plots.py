@@ -1,0 +1,349 @@
+"""Figures of maps: physical axes, robust limits, colours that everyone can tell apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+__all__ = [
+    "MapAxes",
+    "MapPanel",
+    "label_outer",
+    "new_figure",
+    "plot_comparison",
+    "plot_maps",
+    "robust_limits",
+]
+
+MAPS = ("strain", "omega", "chi", "counts")
+
+_TITLES = {
+    "strain": "Strain ε",
+    "omega": "Tilt ω",
+    "chi": "Tilt χ",
+    "thickness": "Thickness",
+    "counts": "Counts",
+    "background": "Background",
+    "deviance": "Deviance",
+    "flags": "Flags",
+}
+_DIVERGING = ("strain", "omega", "chi", "deviance")
+"""Fields in which zero means something."""
+
+_PREFIXES = {0: "", -3: "m", -6: "µ", -9: "n"}
+_POWERS = {0: "", -3: "10⁻³", -6: "10⁻⁶", -9: "10⁻⁹"}
+_SYMBOLS = {"deg": "°", "degree": "°", "degrees": "°", "um": "µm", "micron": "µm"}
+
+_BLANK = {"facecolor": "0.84", "edgecolor": "0.74", "hatch": "////", "linewidth": 0}
+"""What shows where there is no value: nothing that a colour map could show."""
+_KEEP_LIMITS = 0.05
+"""Colour limits stay while the data ask for less change than this, so that they do not
+flicker while a map fills in."""
+_PANEL_INCHES = 3.4
+
+
+def plot_maps(
+    maps: xr.Dataset, fields: Sequence[str] = MAPS, *, figure: Figure | None = None
+) -> Figure:
+    """Draw maps side by side, each with its colour bar.
+
+    Parameters
+    ----------
+    maps
+        Fields with dimensions (row, col) and ``units`` in their attributes; one
+        coordinate along each dimension, as `to_maps` gives them.
+    fields
+        Which of them, e.g. ("strain", "strain_sigma").
+    figure
+        Figure to draw in; a new one if absent.
+
+    Raises
+    ------
+    KeyError
+        If a field is not among the maps.
+    """
+    for field in fields:
+        if field not in maps:
+            raise KeyError(f"no map of {field!r}: there are {sorted(map(str, maps.data_vars))}")
+    axes = MapAxes.of(maps)
+    columns = len(fields) if len(fields) < 4 else math.ceil(math.sqrt(len(fields)))
+    rows = math.ceil(len(fields) / columns)
+    figure = figure or new_figure(rows, columns, axes)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for ax in grid.flat[len(fields) :]:
+        ax.remove()
+    for field, ax in zip(fields, grid.flat, strict=False):
+        panel = MapPanel(ax, field, str(maps[field].attrs.get("units", "")), axes)
+        panel.show(maps[field].to_numpy())
+    label_outer(grid, axes)
+    return figure
+
+
+def plot_comparison(
+    truth: xr.Dataset,
+    maps: xr.Dataset,
+    fields: Sequence[str] = ("strain", "omega", "chi"),
+    *,
+    figure: Figure | None = None,
+) -> Figure:
+    """Draw truth, map and their difference, a row for each field.
+
+    Parameters
+    ----------
+    truth
+        The same fields as `maps`, of the same shape and in the same units.
+    maps
+        As for `plot_maps`.
+    fields
+        Which of them.
+    figure
+        Figure to draw in; a new one if absent.
+
+    Raises
+    ------
+    ValueError
+        If a field has not the same shape in both.
+    """
+    axes = MapAxes.of(maps)
+    figure = figure or new_figure(len(fields), 3, axes)
+    grid = figure.subplots(len(fields), 3, sharex=True, sharey=True, squeeze=False)
+    for field, (left, middle, right) in zip(fields, grid, strict=True):
+        true, measured = truth[field].to_numpy(), maps[field].to_numpy()
+        if true.shape != measured.shape:
+            raise ValueError(
+                f"{field}: the truth has shape {true.shape}, the map {measured.shape}; "
+                "both must be (rows, columns) of the same scan"
+            )
+        units = str(maps[field].attrs.get("units", ""))
+        title = _TITLES.get(field, field)
+        limits = robust_limits(true, diverging=field in _DIVERGING)
+        panels = MapPanel(left, field, units, axes), MapPanel(middle, field, units, axes)
+        for panel, image, what in zip(panels, (true, measured), ("truth", "map"), strict=True):
+            panel.show(image, limits=limits)
+            panel.title(f"{title}: {what}")
+        error = measured - true
+        finite = error[np.isfinite(error)]
+        difference = MapPanel(right, field, units, axes, diverging=True)
+        if finite.size:
+            difference.show(error, limits=_symmetric(finite, 0.0))
+            rms = _text(float(np.sqrt(np.mean(finite**2))), difference.limits, units)
+            difference.title(f"map − truth, rms {rms}")
+    label_outer(grid, axes)
+    return figure
+
+
+def robust_limits(values: NDArray[Any], *, diverging: bool = False) -> tuple[float, float] | None:
+    """Return colour limits that the outermost two percent do not move.
+
+    Parameters
+    ----------
+    values
+        Any shape; NaN is ignored.
+    diverging
+        Whether the limits are to lie symmetrically: about zero where there are values
+        on both sides of it, else about the median, since a common offset, as of a tilt,
+        would leave the map in one colour.
+
+    Returns
+    -------
+    limits
+        (lowest, highest), never equal; None where no value is finite.
+    """
+    finite = np.asarray(values, dtype=float)
+    finite = finite[np.isfinite(finite)]
+    if not finite.size:
+        return None
+    low, middle, high = (float(v) for v in np.percentile(finite, (1, 50, 99)))
+    if diverging:
+        return _symmetric(finite, 0.0 if low <= 0 <= high else middle)
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        return _symmetric(finite, middle)
+    return low, high
+
+
+def _symmetric(finite: NDArray[np.float64], middle: float) -> tuple[float, float]:
+    distance = np.abs(finite - middle)
+    # what is constant still needs a range to be drawn in
+    limit = float(np.percentile(distance, 98)) or float(distance.max()) or 0.01 * abs(middle) or 1.0
+    return middle - limit, middle + limit
+
+
+@dataclass(frozen=True)
+class MapAxes:
+    """Where the points of a scan lie, for the axes of its maps."""
+
+    shape: tuple[int, int]
+    """(rows, columns)."""
+    labels: tuple[str, str] = ("row", "column")
+    """Names of the slow and the fast motor."""
+    units: tuple[str, str] = ("", "")
+    """Their units, e.g. ("um", "um")."""
+    extents: tuple[tuple[float, float], tuple[float, float]] | None = None
+    """First and last position along the rows and along the columns; indices if absent."""
+
+    @classmethod
+    def of(cls, maps: xr.Dataset) -> MapAxes:
+        """Read the axes off a dataset as `to_maps` gives it."""
+        shape = (maps.sizes["row"], maps.sizes["col"])
+        motors = [
+            next((c for c in maps.coords.values() if c.dims == (dim,) and c.name != dim), None)
+            for dim in ("row", "col")
+        ]
+        slow, fast = motors
+        if slow is None or fast is None:
+            return cls(shape)
+        return cls(
+            shape,
+            labels=(str(slow.name), str(fast.name)),
+            units=(str(slow.attrs.get("units", "")), str(fast.attrs.get("units", ""))),
+            extents=(
+                (float(slow[0]), float(slow[-1])),
+                (float(fast[0]), float(fast[-1])),
+            ),
+        )
+
+    @property
+    def edges(self) -> tuple[float, float, float, float]:
+        """Outer edges of the first and last pixels: left, right, bottom, top."""
+        ends = self.extents or ((0.0, self.shape[0] - 1.0), (0.0, self.shape[1] - 1.0))
+        steps = [
+            (last - first) / (n - 1) if n > 1 else 0.0
+            for (first, last), n in zip(ends, self.shape, strict=True)
+        ]
+        other = steps[::-1]
+        (bottom, top), (left, right) = (
+            (first - (step or fallback or 1.0) / 2, last + (step or fallback or 1.0) / 2)
+            for (first, last), step, fallback in zip(ends, steps, other, strict=True)
+        )
+        return left, right, bottom, top
+
+    @property
+    def ratio(self) -> float:
+        """Height over width of a map as it is drawn."""
+        left, right, bottom, top = self.edges
+        ratio = abs((top - bottom) / (right - left))
+        return ratio if self.aspect == "equal" else 0.75
+
+    @property
+    def aspect(self) -> str:
+        """Whether a length is the same along both axes; a line scan would be too thin."""
+        left, right, bottom, top = self.edges
+        ratio = abs((top - bottom) / (right - left))
+        return "equal" if self.units[0] == self.units[1] and 1 / 15 < ratio < 15 else "auto"
+
+    def label(self, axis: int) -> str:
+        """Text for axis 0 (slow) or 1 (fast)."""
+        unit = _SYMBOLS.get(self.units[axis], self.units[axis])
+        return f"{self.labels[axis]} ({unit})" if unit else self.labels[axis]
+
+
+class MapPanel:
+    """One map in its axes, with a colour bar; `show` may be called again and again."""
+
+    def __init__(
+        self, ax: Axes, field: str, units: str, axes: MapAxes, *, diverging: bool | None = None
+    ) -> None:
+        self.ax = ax
+        self.limits: tuple[float, float] | None = None
+        self._units = units
+        self._scale = 1.0
+        self._diverging = field in _DIVERGING if diverging is None else diverging
+        left, right, bottom, top = axes.edges
+        self.image = ax.imshow(
+            np.full(axes.shape, np.nan),
+            cmap="RdBu_r" if self._diverging else "viridis",
+            origin="lower",
+            extent=axes.edges,
+            aspect="equal" if axes.aspect == "equal" else "auto",
+            interpolation="nearest",
+        )
+        # a motor that runs down still grows to the right and upwards on the page
+        ax.set_xlim(min(left, right), max(left, right))
+        ax.set_ylim(min(bottom, top), max(bottom, top))
+        ax.patch.set(**_BLANK)
+        self.title(_TITLES.get(field) or _sigma_title(field))
+        figure = ax.get_figure(root=True)
+        assert figure is not None
+        # an inset is as high as the map, whatever the aspect
+        beside = ax.inset_axes((1.03, 0.0, 0.05, 1.0))
+        self.colorbar = figure.colorbar(self.image, cax=beside, extend="both")
+        self.colorbar.ax.set_visible(False)  # until there is something to show
+
+    def title(self, text: str) -> None:
+        """Put a title above the map."""
+        self.ax.set_title(text, y=1.0)  # without y its search for a place halves the frame rate
+
+    def show(self, image: NDArray[Any], *, limits: tuple[float, float] | None = None) -> None:
+        """Show an image (rows, columns); blank where it is NaN.
+
+        `limits` are the colour limits, in the image's unit; robust ones if absent.
+        """
+        limits = limits or robust_limits(image, diverging=self._diverging)
+        if limits is not None and self._differ(limits):
+            self.limits = limits
+            self._scale, unit = _engineering(limits, self._units)
+            self.image.set_clim(limits[0] * self._scale, limits[1] * self._scale)
+            self.colorbar.ax.set_title(unit, fontsize="medium", loc="left", y=1.0)
+            self.colorbar.ax.set_visible(True)
+        self.image.set_array(np.asarray(image, dtype=float) * self._scale)
+
+    def _differ(self, limits: tuple[float, float]) -> bool:
+        if self.limits is None:
+            return True
+        span = self.limits[1] - self.limits[0]
+        return any(
+            abs(a - b) > _KEEP_LIMITS * span for a, b in zip(limits, self.limits, strict=True)
+        )
+
+
+def new_figure(rows: int, columns: int, axes: MapAxes) -> Figure:
+    """Return a figure with room for a grid of maps."""
+    height = _PANEL_INCHES * min(max(axes.ratio, 0.2), 1.6)
+    return plt.figure(
+        figsize=(columns * (_PANEL_INCHES + 0.9), rows * (height + 0.5) + 0.4),
+        layout="constrained",
+    )
+
+
+def label_outer(grid: NDArray[Any], axes: MapAxes) -> None:
+    """Name the motors along the outer edges of a grid of maps."""
+    for ax in grid[:, 0]:
+        ax.set_ylabel(axes.label(0))
+    for column in grid.T:
+        lowest = [ax for ax in column if ax.figure is not None][-1]
+        lowest.set_xlabel(axes.label(1))
+        lowest.tick_params(labelbottom=True)
+
+
+def _sigma_title(field: str) -> str:
+    of = _TITLES.get(field.removesuffix("_sigma"))
+    return f"σ of {of[0].lower()}{of[1:]}" if of and field.endswith("_sigma") else field
+
+
+def _engineering(limits: tuple[float, float] | None, units: str) -> tuple[float, str]:
+    """Return the factor to show values by, and the text of the unit then."""
+    largest = max((abs(v) for v in limits or ()), default=0.0)
+    # 10⁻³ from 1e-4 on: 0.5 × 10⁻³ reads better than 500 × 10⁻⁶
+    exponent = 3 * math.floor(math.log10(10 * largest) / 3) if largest > 0 else 0
+    exponent = min(max(exponent, -9), 0)
+    symbol = _SYMBOLS.get(units, units)
+    if symbol == "counts":
+        return 1.0, symbol
+    return 10.0**-exponent, _PREFIXES[exponent] + symbol if symbol else _POWERS[exponent]
+
+
+def _text(value: float, limits: tuple[float, float] | None, units: str) -> str:
+    """Write a value in the unit of a colour bar with these limits."""
+    factor, unit = _engineering(limits, units)
+    return (
+        f"{value * factor:.3g}{' ×' if unit in _POWERS.values() and unit else ''} {unit}".rstrip()
+    )

@@ -1,0 +1,189 @@
+"""Figures of maps: where a pixel lies, which colour it gets, what the unit says."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import xarray as xr
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanobeam_bluesky.plots import MapAxes, MapPanel, plot_comparison, plot_maps, robust_limits
+
+ROWS, COLS = 4, 6
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+def dataset(y=(0.0, 0.3), x=(10.0, 10.5), units="um", **changes):
+    ramp = np.linspace(-1.0, 1.0, ROWS * COLS).reshape(ROWS, COLS)
+    fields = {
+        "strain": (ramp * 5e-4, ""),
+        "omega": (ramp * 0.02, "deg"),
+        "chi": (ramp * 0.5, "deg"),
+        "counts": (6000 + 100 * ramp, "counts"),
+        "strain_sigma": (9e-5 + 0 * ramp, ""),
+    }
+    return xr.Dataset(
+        {
+            name: (("row", "col"), changes.get(name, image), {"units": unit})
+            for name, (image, unit) in fields.items()
+        },
+        coords={
+            "sample_y": ("row", np.linspace(*y, ROWS), {"units": units}),
+            "sample_x": ("col", np.linspace(*x, COLS), {"units": units}),
+        },
+    )
+
+
+def map_axes(figure):
+    return [ax for ax in figure.axes if ax.images]
+
+
+def units(figure):
+    """Texts above the colour bars."""
+    return [child.get_title(loc="left") for ax in map_axes(figure) for child in ax.child_axes]
+
+
+def colour_at(figure, ax, x, y):
+    """RGB of the pixel of the figure at data coordinates (x, y) of `ax`."""
+    figure.canvas.draw()
+    buffer = np.asarray(figure.canvas.buffer_rgba())
+    column, row = ax.transData.transform((x, y)).astype(int)
+    return buffer[buffer.shape[0] - 1 - row, column, :3].astype(int)
+
+
+def is_red(rgb):
+    return rgb[0] > rgb[2] + 60
+
+
+def is_blue(rgb):
+    return rgb[2] > rgb[0] + 60
+
+
+@pytest.mark.parametrize("y", [(0.0, 0.3), (0.3, 0.0)])
+@pytest.mark.parametrize("x", [(10.0, 10.5), (10.5, 10.0)])
+def test_a_pixel_lies_where_its_motors_were(x, y):
+    image = np.zeros((ROWS, COLS))
+    image[0, 0], image[0, -1], image[-1, 0] = 1e-3, -1e-3, -1e-3
+    figure = plot_maps(dataset(y, x, strain=image), ["strain"])
+    (ax,) = map_axes(figure)
+    assert is_red(colour_at(figure, ax, x[0], y[0]))
+    assert is_blue(colour_at(figure, ax, x[-1], y[0]))
+    assert is_blue(colour_at(figure, ax, x[0], y[-1]))
+    left, right = ax.get_xlim()
+    bottom, top = ax.get_ylim()
+    assert (left, right) == pytest.approx((9.95, 10.55))
+    assert (bottom, top) == pytest.approx((-0.05, 0.35))
+    assert ax.get_xlabel() == "sample_x (µm)"
+    assert ax.get_ylabel() == "sample_y (µm)"
+
+
+def test_a_micrometre_is_as_long_up_as_across():
+    (ax,) = map_axes(plot_maps(dataset(), ["strain"]))
+    assert ax.get_aspect() == 1
+
+
+def test_a_line_scan_is_drawn_high_enough_to_see():
+    x = ("col", np.linspace(0.0, 5.0, 100), {"units": "um"})
+    y = ("row", [0.0], {"units": "um"})
+    line = xr.Dataset({"counts": (("row", "col"), np.arange(100.0)[None])}, {"y": y, "x": x})
+    figure = plot_maps(line, ["counts"])
+    (ax,) = map_axes(figure)
+    figure.canvas.draw()
+    assert ax.get_window_extent().height > 50
+
+
+def test_nan_looks_like_no_colour_of_the_map():
+    image = np.linspace(-1e-3, 1e-3, ROWS * COLS).reshape(ROWS, COLS)
+    image[1, 2] = np.nan
+    figure = plot_maps(dataset(strain=image), ["strain"])
+    (ax,) = map_axes(figure)
+    blank = colour_at(figure, ax, 10.2, 0.1)
+    assert np.ptp(blank) == 0, "grey"
+    shown = ax.images[0].cmap(np.linspace(0, 1, 256))[:, :3] * 255
+    assert np.abs(shown - blank).max(axis=1).min() > 15
+
+
+def test_units_are_scaled_so_that_numbers_can_be_read():
+    figure = plot_maps(dataset(), ["strain", "omega", "chi", "counts", "strain_sigma"])
+    assert units(figure) == ["10⁻³", "m°", "°", "counts", "10⁻⁶"]
+    titles = [ax.get_title() for ax in map_axes(figure)]
+    assert titles == ["Strain ε", "Tilt ω", "Tilt χ", "Counts", "σ of strain ε"]
+    strain, omega = (ax.images[0] for ax in map_axes(figure)[:2])
+    assert strain.get_array().max() == pytest.approx(0.5)
+    assert omega.get_array().max() == pytest.approx(20)
+
+
+def test_map_that_is_not_there_is_named():
+    with pytest.raises(KeyError, match=r"'phase'.*'chi'"):
+        plot_maps(dataset(), ["phase"])
+
+
+def test_map_without_any_value_is_drawn_blank():
+    empty = np.full((ROWS, COLS), np.nan)
+    figure = plot_maps(dataset(strain=empty, counts=empty))
+    figure.canvas.draw()
+    assert not map_axes(figure)[0].child_axes[0].get_visible()
+
+
+def test_comparison_shows_truth_and_map_in_the_same_colours_and_states_the_error():
+    truth = dataset()
+    noise = np.where(np.arange(ROWS * COLS).reshape(ROWS, COLS) % 2, 2e-5, -2e-5)
+    maps = dataset(strain=truth["strain"].to_numpy() + noise)
+    maps["strain"][0, 0] = np.nan
+    figure = plot_comparison(truth, maps, ["strain", "omega"])
+    true, measured, difference, *_ = map_axes(figure)
+    assert true.images[0].get_clim() == measured.images[0].get_clim()
+    assert difference.images[0].get_clim() == pytest.approx((-20, 20))
+    assert difference.get_title() == "map − truth, rms 20 × 10⁻⁶"
+    assert units(figure)[:3] == ["10⁻³", "10⁻³", "10⁻⁶"]
+    figure.canvas.draw()
+
+
+def test_comparison_refuses_maps_of_another_scan():
+    with pytest.raises(ValueError, match=r"\(4, 6\).*\(3, 6\)"):
+        plot_comparison(dataset(), dataset().isel(row=slice(0, 3)))
+
+
+def test_outliers_do_not_set_the_limits():
+    values = np.random.default_rng(1).normal(size=10_000)
+    values[:50] = 1e6
+    low, high = robust_limits(values, diverging=True)
+    assert high < 3
+    assert low == -high
+    low, high = robust_limits(values)
+    assert high < 3
+
+
+def test_common_offset_does_not_leave_one_colour():
+    values = 0.3 + 0.001 * np.linspace(-1, 1, 101)
+    low, high = robust_limits(values, diverging=True)
+    assert (low + high) / 2 == pytest.approx(0.3)
+    assert high - low < 0.003
+
+
+@given(st.lists(st.floats(-1e9, 1e9) | st.just(np.nan), min_size=1, max_size=30), st.booleans())
+def test_limits_are_a_range_that_can_be_drawn(values, diverging):
+    limits = robust_limits(np.array(values), diverging=diverging)
+    if np.isnan(values).all():
+        assert limits is None
+    else:
+        low, high = limits
+        assert np.isfinite([low, high]).all()
+        assert low < high
+
+
+def test_colour_limits_hold_still_while_little_changes():
+    figure = plt.figure()
+    panel = MapPanel(figure.subplots(), "strain", "", MapAxes((2, 2)))
+    image = np.array([[-1e-3, 1e-3], [0.0, np.nan]])
+    panel.show(image)
+    limits = panel.image.get_clim()
+    panel.show(image * 1.02)
+    assert panel.image.get_clim() == limits
+    panel.show(image * 1.5)
+    assert panel.image.get_clim() == pytest.approx(np.array(limits) * 1.5)
