@@ -62,7 +62,9 @@ def forward(
     Raises
     ------
     ValueError
-        If parameters are not finite, a strain is not above -1, or lengths do not fit.
+        If parameters are not finite, a strain is not above -1, or lengths do not fit; if
+        the geometry is one that the sampling cannot serve (`published_plan`,
+        `published_peak`, `continuous_plan`).
     """
     strain, omega, chi, background = columns(
         strain=strain, omega=omega, chi=chi, background=background

@@ -48,6 +48,11 @@ def published_plan(geometry: Geometry) -> PublishedPlan:
 
     The pupil grid is (m + ½)/2 pixels in both directions, the published one, as far as the
     pupil reaches. (The published grid ends with the ROI; there the pupil fits in.)
+
+    Raises
+    ------
+    ValueError
+        If the windows are narrower than the steps of the pupil grid.
     """
     geometry = geometry.model_copy(
         update={
@@ -59,6 +64,11 @@ def published_plan(geometry: Geometry) -> PublishedPlan:
     theta = math.radians(geometry.incidence_deg)
     tilt = math.radians(geometry.detector_tilt_deg)
     step = geometry.binned_pixel_um * 1e-6 / geometry.detector_distance_m
+    if k * step / 2 > 2 * WINDOW:
+        raise ValueError(
+            f"published sampling: its windows of {2 * WINDOW:g} Å⁻¹ are narrower than half a "
+            f"pixel, {k * step / 2:.2g} Å⁻¹, and leave pixels dark; use sampling='continuous'"
+        )
     (ny, nx), (cx, cy) = geometry.pattern_shape, geometry.pattern_center
     x = (np.arange(nx) + 0.5 - cx) * step
     y = (np.arange(ny) + 0.5 - cy) * step

@@ -39,12 +39,8 @@ GEOMETRIES = {
     "tilted detector": changed(detector_two_theta_deg=25.0, bragg_center_px=(251.3, 258.8)),
     "odd number of pixels": changed(roi_shape=(66, 102), roi_origin_px=(200, 190)),
 }
-# where the windows of the published sampling are narrower than the steps of its grid
-CONTINUOUS = GEOMETRIES | {
-    "short distance": changed(
-        detector_distance_m=0.05, pixel_size_um=10.0, roi_origin_px=(160, 220)
-    )
-}
+SHORT = changed(detector_distance_m=0.05, pixel_size_um=10.0, roi_origin_px=(160, 220))
+CONTINUOUS = GEOMETRIES | {"short distance": SHORT}
 BLURRED = {
     "0.5 px": changed(pupil_blur_px=0.5),
     "0.1 px": changed(pupil_blur_px=0.1),
@@ -179,6 +175,11 @@ def test_a_dark_library_has_no_peak_and_says_so():
     geometry = changed(roi_origin_px=(380, 380))
     with pytest.raises(ValueError, match=r"no light reaches the ROI.*roi_origin_px"):
         forward(0, 0, 0, geometry, sampling="published")
+
+
+def test_published_sampling_refuses_pixels_wider_than_its_windows():
+    with pytest.raises(ValueError, match=r"windows of 0.001 Å⁻¹.*use sampling='continuous'"):
+        forward(0, 0, 0, SHORT, sampling="published")
 
 
 def test_positive_tilts_and_strain_move_the_pattern_as_defined():
