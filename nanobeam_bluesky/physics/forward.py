@@ -41,7 +41,9 @@ def forward(
         Out-of-plane strain (1) and lattice tilts along and across 2θ (deg): scalars or
         arrays of length n.
     geometry
-        The geometry; its `pattern_shape` is (ny, nx).
+        The geometry; its `pattern_shape` is (ny, nx). In the continuous model its
+        `pupil_blur_px` is the standard deviation, in binned pixels, of an isotropic
+        Gaussian that the pupil's transmission is convolved with.
     sampling
         "continuous": intensity integrated over every pixel; the peak is a pixel wholly
         inside the pupil at the maximum of sinc². "published": the windows and the grid of
