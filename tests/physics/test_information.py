@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from nanobeam_bluesky.geometry import Geometry, RectangularPupil
-from nanobeam_bluesky.physics import cramer_rao, fisher_information, forward
+from nanobeam_bluesky.physics import continuous, cramer_rao, fisher_information, forward
 from nanobeam_bluesky.physics.continuous import (
     CHANNELS,
     continuous_plan,
@@ -129,6 +129,28 @@ def test_bounds_shrink_with_the_root_of_the_counts():
 def test_a_pattern_that_left_the_roi_determines_nothing():
     sigma = cramer_rao(0.0, 5.0, 0.0, PUBLISHED, scale=7, background=0.1)
     assert all(np.isinf(values).all() for values in sigma.values())
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_quadrature_moves_no_parameter_at_100_000_counts(name, monkeypatch):
+    at = np.array([[0.001, -0.003, 0.0], [0.01, -0.033, 0.04], [-0.03, 0.08, 0.0]])
+    coarse = continuous_plan(GEOMETRIES[name])
+    for step, finer in (("_TABLE_STEP", 3), ("_BLUR_STEP", 3), ("_FRINGE_STEP", 20)):
+        monkeypatch.setattr(continuous, step, getattr(continuous, step) / finer)
+    fine = continuous_plan.__wrapped__(GEOMETRIES[name])
+    assert fine.per_column >= 2 * coarse.per_column
+    for shift_x, shift_y, dq in zip(*shifts(coarse, *at), strict=True):
+        channels, exact = np.empty((5, 64, 64)), np.empty((5, 64, 64))
+        pattern_channels(coarse, shift_x, shift_y, dq, coarse.thickness, channels)
+        pattern_channels(fine, shift_x, shift_y, dq, fine.thickness, exact)
+        scale = 1e5 / exact[0].sum()
+        counts = scale * exact[0] + 0.01
+        slopes = np.stack([*(scale * exact[1:4]), exact[0], np.ones((64, 64))]).reshape(5, -1)
+        information = (slopes / counts.ravel()) @ slopes.T
+        score = (slopes / counts.ravel()) @ (scale * (channels[0] - exact[0])).ravel()
+        shift = np.linalg.solve(information, score)
+        sigma = np.sqrt(np.diag(np.linalg.inv(information)))
+        assert abs(shift / sigma).max() < 0.05
 
 
 def test_maximum_likelihood_reaches_the_bound():
