@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 __all__ = [
     "MapAxes",
     "MapPanel",
+    "figure_inches",
     "label_outer",
     "new_figure",
     "plot_comparison",
@@ -307,11 +308,13 @@ class MapPanel:
 
 def new_figure(rows: int, columns: int, axes: MapAxes) -> Figure:
     """Return a figure with room for a grid of maps."""
+    return plt.figure(figsize=figure_inches(rows, columns, axes), layout="constrained")
+
+
+def figure_inches(rows: int, columns: int, axes: MapAxes) -> tuple[float, float]:
+    """Return the size, width and height, that a grid of maps needs."""
     height = _PANEL_INCHES * min(max(axes.ratio, 0.2), 1.6)
-    return plt.figure(
-        figsize=(columns * (_PANEL_INCHES + 0.9), rows * (height + 0.5) + 0.4),
-        layout="constrained",
-    )
+    return columns * (_PANEL_INCHES + 0.9), rows * (height + 0.5) + 0.4
 
 
 def label_outer(grid: NDArray[Any], axes: MapAxes) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any
 
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from nanobeam_bluesky.models import Estimates
-from nanobeam_bluesky.plots import MapAxes, MapPanel, label_outer, new_figure
+from nanobeam_bluesky.plots import MapAxes, MapPanel, figure_inches, label_outer, new_figure
 
 __all__ = ["LiveMaps"]
 
@@ -58,6 +58,7 @@ class LiveMaps:
             raise ValueError(f"no map of {fourth!r}: there are {', '.join(Estimates.UNITS)}")
         _check_thread()
         self.fields = ("strain", "omega", "chi", fourth)
+        self._own_figure = figure is None
         self.figure = figure or new_figure(2, 2, MapAxes((1, 1)))
         self.figure.suptitle("waiting for a scan")
         self._starts: dict[str, Mapping[str, Any]] = {}
@@ -65,13 +66,14 @@ class LiveMaps:
         self._panels: dict[str, MapPanel] = {}
         self._drawn: tuple[_Run, int] | None = None
         self._next_drawing = 0.0
+        self._laid_out: list[bool] | None = None
         self._open = True
         canvas = self.figure.canvas
         self._timer = canvas.new_timer(interval=int(1000 * INTERVAL_SECONDS))
-        self._timer.add_callback(self._draw_if_due)
+        self._timer.add_callback(self._tick)
         self._timer.start()
         canvas.mpl_connect("close_event", lambda event: self._close())
-        if canvas.required_interactive_framework is not None and figure is None:
+        if canvas.required_interactive_framework is not None and self._own_figure:
             self.figure.show()
 
     # ------------------------------------------------------------------ documents
@@ -111,32 +113,40 @@ class LiveMaps:
     def block(self, event: threading.Event) -> None:
         """Keep the window alive until the event is set: a RunEngine's ``during_task``."""
         while not event.wait(0.05):
-            self._draw_if_due()
-        self._draw_if_due(now=True)
+            self._tick()
+            self._guarded(self.figure.canvas.flush_events)
+        self._next_drawing = 0.0
+        self._tick()
 
-    def _draw_if_due(self, *, now: bool = False) -> None:
-        if not self._open:
-            return
+    def _tick(self) -> None:
+        self._guarded(self._draw_if_due)
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        """Do something with the window; give it up at the first error, as a plan may wait."""
+        if self._open:
+            try:
+                action()
+            except Exception:
+                self._close()
+                logger.exception("the maps could not be drawn; there will be no more of them")
+
+    def _draw_if_due(self) -> None:
         begin = time.monotonic()
-        try:
-            if (now or begin >= self._next_drawing) and self._update():
-                self._draw()
-                took = time.monotonic() - begin
-                self._next_drawing = begin + max(INTERVAL_SECONDS, took / DRAWING_SHARE)
-            self.figure.canvas.flush_events()
-        except Exception:  # a plan may be waiting for us
-            self._close()
-            logger.exception("the maps could not be drawn; there will be no more of them")
+        if begin >= self._next_drawing and self._update():
+            self._draw()
+            took = time.monotonic() - begin
+            self._next_drawing = begin + max(INTERVAL_SECONDS, took / DRAWING_SHARE)
 
     def _close(self) -> None:
         self._open = False
         self._timer.stop()
 
     def _draw(self) -> None:
+        # laid out when a colour bar comes: every time would take as long as the drawing
+        bars = [panel.limits is not None for panel in self._panels.values()]
+        self.figure.set_layout_engine("none" if bars == self._laid_out else "constrained")
         self.figure.canvas.draw()
-        if self._panels:
-            # laid out once: to do it for every drawing takes as long as the drawing
-            self.figure.set_layout_engine("none")
+        self._laid_out = bars
 
     def _update(self) -> bool:
         """Bring the artists up to date; whether there was anything new."""
@@ -158,7 +168,9 @@ class LiveMaps:
     def _begin(self, run: _Run) -> None:
         """Lay the panels out for another run; from then on only their arrays change."""
         self.figure.clear()
-        self.figure.set_layout_engine("constrained")
+        if self._own_figure and (self._drawn is None or self._drawn[0].axes != run.axes):
+            self.figure.set_size_inches(figure_inches(2, 2, run.axes))
+        self._laid_out = None
         grid = self.figure.subplots(2, 2, sharex=True, sharey=True)
         self._panels = {
             field: MapPanel(ax, field, run.units[field], run.axes)
