@@ -1,0 +1,179 @@
+"""`ModelStore`: trained networks on disk, found by the fingerprint of their geometry."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_data_path
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from nanobeam_bluesky.geometry import Geometry
+from nanobeam_bluesky.models.networks import ARCHITECTURES
+
+__all__ = ["Accuracy", "Card", "ModelNotFoundError", "ModelRefusedError", "ModelStore"]
+
+
+class ModelNotFoundError(LookupError):
+    """No network is stored for a geometry."""
+
+
+class ModelRefusedError(ValueError):
+    """Stored weights that are not what they should be."""
+
+
+class Accuracy(BaseModel):
+    """Errors of a network on patterns between grid points that it was not trained on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    counts: float
+    """Mean counts of a pattern, e.g. 4300."""
+    rmse: dict[str, float]
+    """Root mean square error of strain, omega (deg) and chi (deg)."""
+    bias: dict[str, float]
+    """Mean error."""
+    bound: dict[str, float]
+    """Root mean square of the Cramér-Rao bound."""
+
+
+class Card(BaseModel):
+    """What a stored network is."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    fingerprint: str
+    """Of the geometry."""
+    geometry: Geometry
+    """The geometry it was trained for."""
+    architecture: str
+    """Name of the network, a key of `networks.ARCHITECTURES`."""
+    ranges: dict[str, float]
+    """Half-ranges of strain, omega (deg) and chi (deg) in training."""
+    training: dict[str, Any]
+    """Settings of the training."""
+    accuracy: tuple[Accuracy, ...]
+    """At several count levels, increasing."""
+    version: str
+    """Of this package."""
+    created: str
+    """Date, ISO 8601."""
+    sha256: str = ""
+    """Of the weights' file; filled by the store."""
+
+
+class ModelStore:
+    """Networks in a folder, those shipped with the package behind them.
+
+    Parameters
+    ----------
+    root
+        The folder; ``$NANOBEAM_HOME/models``, or the platform's data folder, if absent.
+
+    Notes
+    -----
+    A network is two files: ``<fingerprint>.safetensors`` and ``<fingerprint>.json``, its
+    `Card`.
+    """
+
+    def __init__(self, root: Path | str | None = None) -> None:
+        home = os.environ.get("NANOBEAM_HOME") or user_data_path("nanobeam")
+        self.root = Path(root) if root is not None else Path(home) / "models"
+        shipped = files("nanobeam_bluesky.models").joinpath("weights")
+        self._folders = (self.root, Path(str(shipped)))
+
+    def cards(self) -> Iterator[Card]:
+        """Yield the cards of all networks that can be read, user's first."""
+        seen = set()
+        for folder in self._folders:
+            for path in sorted(folder.glob("*.json")):
+                if path.stem not in seen:
+                    seen.add(path.stem)
+                    yield self._card(path)
+
+    def save(self, network: nn.Module, card: Card) -> Card:
+        """Write weights and card; replaces what was stored for the geometry."""
+        weights = save({k: v.detach().cpu().contiguous() for k, v in _state(network).items()})
+        card = card.model_copy(update={"sha256": hashlib.sha256(weights).hexdigest()})
+        self.root.mkdir(parents=True, exist_ok=True)
+        _write(self.root / f"{card.fingerprint}.safetensors", weights)
+        _write(self.root / f"{card.fingerprint}.json", card.model_dump_json(indent=1).encode())
+        return card
+
+    def load(self, geometry: Geometry) -> tuple[nn.Module, Card]:
+        """Return the network of a geometry, in evaluation mode, and its card.
+
+        Raises
+        ------
+        ModelNotFoundError
+            If there is none.
+        ModelRefusedError
+            If the files are damaged, altered, of an unknown architecture, or of another
+            geometry than their name says.
+        """
+        fingerprint = geometry.fingerprint()
+        for folder in self._folders:
+            path = folder / f"{fingerprint}.json"
+            if path.is_file():
+                return self._load(path, geometry)
+        raise ModelNotFoundError(
+            f"no network is trained for geometry {fingerprint}: looked in "
+            f"{' and '.join(map(str, self._folders))}; train one with 'nanobeam train'"
+        )
+
+    def remove(self, fingerprint: str) -> None:
+        """Delete a network of the user's folder."""
+        (self.root / f"{fingerprint}.json").unlink()
+        (self.root / f"{fingerprint}.safetensors").unlink(missing_ok=True)
+
+    def _card(self, path: Path) -> Card:
+        try:
+            return Card.model_validate_json(path.read_bytes())
+        except (ValidationError, OSError) as error:
+            raise ModelRefusedError(f"{path}: not a model card: {error}") from None
+
+    def _load(self, path: Path, geometry: Geometry) -> tuple[nn.Module, Card]:
+        card = self._card(path)
+        if card.geometry.fingerprint() != geometry.fingerprint():
+            raise ModelRefusedError(
+                f"{path}: its card describes geometry {card.geometry.fingerprint()}, "
+                f"expected {geometry.fingerprint()}; train again with 'nanobeam train'"
+            )
+        if card.architecture not in ARCHITECTURES:
+            raise ModelRefusedError(
+                f"{path}: unknown architecture {card.architecture!r}; "
+                f"known are {', '.join(ARCHITECTURES)}"
+            )
+        weights = path.with_suffix(".safetensors")
+        try:
+            content = weights.read_bytes()
+            if hashlib.sha256(content).hexdigest() != card.sha256:
+                raise ModelRefusedError(
+                    f"{weights}: altered or truncated (its hash is not the card's); "
+                    "train again with 'nanobeam train'"
+                )
+            network = ARCHITECTURES[card.architecture](geometry.pattern_shape)
+            network.load_state_dict(load(content))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise ModelRefusedError(f"{weights}: {error}") from None
+        return network.eval(), card
+
+
+def _state(network: nn.Module) -> Mapping[str, Tensor]:
+    state: Mapping[str, Tensor] = network.state_dict()
+    return state
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Replace a file; never half of one."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(content)
+    os.replace(file.name, path)
