@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +113,7 @@ class NanobeamCallback:
         self._worker = WorkerClient(self._queue.put)
         self._thread = threading.Thread(target=self._work, name="nanobeam-callback", daemon=True)
         self._thread.start()
-        atexit.register(self.close, EXIT_SECONDS)
+        self._close_at_exit()
 
     # ------------------------------------------------------------ the RunEngine's
 
@@ -142,6 +142,7 @@ class NanobeamCallback:
         wrapped = chosen if isinstance(chosen, BackgroundSink) else BackgroundSink(chosen)
         self._next_token += 1
         self._sinks[self._next_token] = wrapped
+        self._close_at_exit()
         return self._next_token
 
     def unsubscribe(self, token: int) -> None:
@@ -181,8 +182,7 @@ class NanobeamCallback:
         self._queue.put((_MARK, threading.Event()))
         self._thread.join(timeout)
         for sink in self._sinks.values():
-            sink.close()
-        atexit.unregister(self.close)
+            sink.close(timeout)
 
     @property
     def health(self) -> Health:
@@ -204,6 +204,11 @@ class NanobeamCallback:
             or next((s.last_error for s in sinks if s.last_error), ""),
         )
 
+    def _close_at_exit(self) -> None:
+        # What was registered last is called first: before the sinks give up, and before
+        # an embedded Tiled server, which registers itself here too, ends.
+        threading._register_atexit(_close, weakref.ref(self))  # type: ignore[attr-defined]
+
     # -------------------------------------------------------- the thread's own
 
     def _work(self) -> None:
@@ -222,10 +227,7 @@ class NanobeamCallback:
 
     def _take(self, item: Any) -> None:
         if len(item) == 3:
-            try:
-                self._worker.answer(item)
-            except Exception:
-                logger.exception("an answer of the worker could not be used")
+            self._worker.answer(item)
             return
         name, doc = item
         if name is _MARK:
@@ -289,6 +291,12 @@ class NanobeamCallback:
     def _emit(self, name: str, doc: dict[str, Any]) -> None:
         for sink in list(self._sinks.values()):
             sink(name, doc)
+
+
+def _close(reference: weakref.ref[NanobeamCallback]) -> None:
+    callback = reference()
+    if callback is not None:
+        callback.close(EXIT_SECONDS)
 
 
 def _only(sink: Sink, wanted: str) -> Sink:

@@ -99,6 +99,13 @@ class WorkerClient:
         run = self._runs.get(message["run"])
         if run is None:
             return
+        try:
+            self._hand_over(run, message, arrays)
+        except Exception as error:
+            logger.exception("run %s: the analysis stopped", run.pipeline.start["uid"][:8])
+            run.pipeline.fail(f"internal error: {type(error).__name__}: {error}")
+
+    def _hand_over(self, run: _Run, message: Message, arrays: Arrays) -> None:
         if message["kind"] == "processed":
             _, task = self._tasks.pop((message["run"], message["number"]), (None, None))
             if task is not None:

@@ -247,7 +247,8 @@ def _data_keys(
 
 def _config_key(value: Any) -> dict[str, Any]:
     if isinstance(value, str):
-        return {"source": _SOURCE, "dtype": "string", "shape": [], "dtype_numpy": "|O"}
+        text = f"<U{max(1, len(value))}"
+        return {"source": _SOURCE, "dtype": "string", "shape": [], "dtype_numpy": text}
     if isinstance(value, bool):
         return {"source": _SOURCE, "dtype": "boolean", "shape": [], "dtype_numpy": "|b1"}
     if isinstance(value, int):

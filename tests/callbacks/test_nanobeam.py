@@ -1,0 +1,468 @@
+"""A real RunEngine flies, the callback maps, point by point, whatever happens."""
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+
+import h5py
+import numpy as np
+import pytest
+from bluesky.callbacks.best_effort import BestEffortCallback
+from bluesky.callbacks.mpl_plotting import LivePlot
+from bluesky.utils import RunEngineInterrupted
+from event_model import DocumentNames, schema_validators
+
+from nanobeam_bluesky.callbacks import NanobeamCallback
+from nanobeam_bluesky.documents import to_maps
+from nanobeam_bluesky.geometry import ROI, Geometry
+from nanobeam_bluesky.models import Flag
+from nanobeam_bluesky.sim import EmbeddedSXDM, SimulatedSXDM, phantom, sxdm_fly
+
+TOLERANCE = {"strain": 8e-4, "omega": 2.5e-3, "chi": 6e-3}
+"""Five times what the network misses; the points of "unique" are farther apart."""
+SHAPE = (6, 7)
+
+
+@pytest.fixture(scope="module")
+def callback():
+    """One callback for all runs, as at a beamline."""
+    callback = NanobeamCallback()
+    yield callback
+    callback.close()
+
+
+@pytest.fixture
+def derived(callback):
+    """Documents of the derived runs; every one is validated."""
+    documents = []
+    token = callback.subscribe(lambda name, doc: documents.append((name, doc)))
+    yield documents
+    callback.unsubscribe(token)
+    for name, doc in documents:
+        schema_validators[DocumentNames[name]].validate(doc)
+    for run in split(documents):
+        check_run(run)
+
+
+def split(documents):
+    """Derived runs by their start, in order."""
+    runs = {}
+    owner = {}
+    for name, doc in documents:
+        if name == "start":
+            uid = doc["uid"]
+        elif name in ("descriptor", "stop"):
+            uid = doc["run_start"]
+            owner[doc["uid"]] = uid
+        else:
+            uid = owner[doc["descriptor"]]
+        runs.setdefault(uid, []).append((name, doc))
+    return list(runs.values())
+
+
+def check_run(run):
+    """What holds for every derived run."""
+    names = [name for name, _ in run]
+    assert names[0] == "start"
+    assert names[-1] == "stop"
+    assert Counter(names)["stop"] == 1
+    numbers = set()
+    for name, doc in run:
+        if name == "event_page":
+            assert doc["seq_num"] == sorted(set(doc["seq_num"]))
+            numbers |= set(doc["seq_num"])
+    assert run[-1][1]["num_events"].get("primary", 0) == len(numbers)
+
+
+@pytest.fixture
+def engine(RE, callback, derived, geometry, tmp_path):
+    """Fly a sample: ``fly(sample, …)`` returns the documents of its derived run."""
+
+    def fly(sample, dialect=SimulatedSXDM, change=None, timeout=60, **options):
+        plan = {k: options.pop(k) for k in ("snake", "stop_after", "md") if k in options}
+        sxdm = dialect(sample, geometry, tmp_path, **{"counts": 20_000} | options)
+        before = len(split(derived))
+        token = RE.subscribe(_changed(callback, change) if change else callback)
+        try:
+            RE(sxdm_fly(sxdm, **plan))
+        finally:
+            RE.unsubscribe(token)
+        assert callback.wait(timeout)
+        runs = split(derived)[before:]
+        assert len(runs) == 1
+        return runs[0]
+
+    return fly
+
+
+def _changed(callback, change):
+    """Let the callback see other documents than the RunEngine has emitted."""
+
+    def receive(name, doc):
+        for item in change(name, dict(doc)):
+            callback(*item)
+
+    return receive
+
+
+def compare(run, sample, points=None, *, snake=True):
+    """Check every point of a derived run against the sample."""
+    truth = sample.in_scan_order(snake=snake)
+    last = {}
+    for name, doc in run:
+        if name == "event_page":
+            for i, number in enumerate(doc["seq_num"]):
+                last[number] = {key: column[i] for key, column in doc["data"].items()}
+    assert sorted(last) == list(range(1, (points or sample.size) + 1))
+    for number, found in last.items():
+        assert found["flags"] == 0, (number, Flag(found["flags"]))
+        assert (found["row"], found["col"]) == (truth["row"][number - 1], truth["col"][number - 1])
+        for key, tolerance in TOLERANCE.items():
+            assert found[key] == pytest.approx(truth[key][number - 1], abs=tolerance), (number, key)
+        for motor, key in (("sample_y", "y"), ("sample_x", "x")):
+            assert found[motor] == pytest.approx(truth[key][number - 1], abs=0.01)
+    return last
+
+
+# ------------------------------------------------------------------------ pairing
+
+
+@pytest.mark.parametrize("snake", [True, False])
+@pytest.mark.parametrize("dialect", [SimulatedSXDM, EmbeddedSXDM])
+def test_every_point_has_its_own_values(engine, dialect, snake):
+    sample = phantom("unique", SHAPE)
+    run = engine(sample, dialect, snake=snake)
+    compare(run, sample, snake=snake)
+    assert run[-1][1]["exit_status"] == "success"
+    maps = to_maps(run)
+    for key, tolerance in TOLERANCE.items():
+        np.testing.assert_allclose(maps[key], getattr(sample, key), atol=tolerance)
+    np.testing.assert_allclose(maps["sample_x"], sample.x, atol=0.01)
+    np.testing.assert_allclose(maps["sample_y"], sample.y, atol=0.01)
+
+
+def test_a_truncated_scan_leaves_the_rest_blank(engine):
+    sample = phantom("unique", SHAPE)
+    run = engine(sample, stop_after=17)
+    compare(run, sample, points=17)
+    maps = to_maps(run)
+    assert int(np.isfinite(maps["strain"]).sum()) == 17
+    assert int((maps["flags"] == Flag.FRAME_MISSING).sum()) == sample.size - 17
+    np.testing.assert_allclose(maps["sample_y"], sample.y, atol=0.01)
+
+
+@pytest.mark.parametrize("dialect", [SimulatedSXDM, EmbeddedSXDM])
+def test_a_paused_and_rewound_scan_keeps_the_last_frame_of_a_point(
+    RE, callback, derived, geometry, tmp_path, dialect
+):
+    sample = phantom("unique", SHAPE)
+    sxdm = dialect(sample, geometry, tmp_path, counts=20_000)
+    take, pauses = sxdm._take, iter([10])
+
+    def pause_in_second_row(index, row, col):
+        take(index, row, col)
+        if index == 9 and next(pauses, None):
+            sxdm._flush(10)
+            time.sleep(0.3)  # documents of the first attempt get out
+            RE.request_pause()
+
+    sxdm._take = pause_in_second_row
+    token = RE.subscribe(callback)
+    with pytest.raises(RunEngineInterrupted):
+        RE(sxdm_fly(sxdm, dwell_s=0.02, flush_period=0.02))
+    RE.resume()
+    RE.unsubscribe(token)
+    assert callback.wait(60)
+    (run,) = split(derived)
+    last = compare(run, sample)
+    # the rewound points have new photon noise: their last frames are the sample's
+    for number in range(8, 15):
+        roi = geometry.roi
+        frame = sxdm.frame(number)[roi.slices]
+        assert last[number]["counts"] == frame.sum()
+
+
+def test_positions_that_come_after_the_frames_are_joined_by_point(engine):
+    late = []
+
+    def lag(name, doc):
+        """Hold the motors' documents back until the end."""
+        if name == "stream_resource" and doc["data_key"].startswith("sample_"):
+            late.append(doc["uid"])
+        if name == "stream_datum" and doc["stream_resource"] in late:
+            held.append((name, doc))
+            return
+        if name == "stop":
+            yield from reversed(held)
+        yield name, doc
+
+    held = []
+    sample = phantom("unique", SHAPE)
+    compare(engine(sample, change=lag), sample)
+
+
+def test_a_point_without_position_is_flagged_not_lost(engine):
+    def drop(name, doc):
+        if name == "stream_datum" and doc["seq_nums"]["start"] == 1 and doc["uid"] in first:
+            return
+        if name == "stream_resource" and doc["data_key"] == "sample_x":
+            first.append(f"{doc['uid']}/0")
+        yield name, doc
+
+    first = []
+    sample = phantom("unique", SHAPE)
+    run = engine(sample, change=drop)
+    flags = np.concatenate([d["data"]["flags"] for n, d in run if n == "event_page"])
+    assert set(flags) == {0, Flag.POSITION_MISSING}
+    assert len(flags) == sample.size
+
+
+def test_interleaved_runs_do_not_mix(RE, callback, derived, geometry, tmp_path):
+    samples = [phantom("unique", SHAPE, seed=seed) for seed in (1, 2)]
+    recorded = [[], []]
+    for sample, documents in zip(samples, recorded, strict=True):
+        sxdm = SimulatedSXDM(sample, geometry, tmp_path, counts=20_000)
+        RE(sxdm_fly(sxdm), lambda name, doc, into=documents: into.append((name, doc)))
+    for pair in zip(*recorded, strict=False):
+        for name, doc in pair:
+            callback(name, doc)
+    longest = max(recorded, key=len)
+    for name, doc in longest[min(map(len, recorded)) :]:
+        callback(name, doc)
+    assert callback.wait(60)
+    for run, sample in zip(split(derived), samples, strict=True):
+        compare(run, sample)
+
+
+# -------------------------------------------------------------------- derived run
+
+
+def test_the_derived_run_says_where_it_comes_from(engine, geometry):
+    run = engine(phantom("figure3", (4, 5)), md={"sample": "film 7"})
+    start, descriptor = run[0][1], run[1][1]
+    assert start["sample"] == "film 7"
+    assert start["shape"] == [4, 5]
+    assert start["nanobeam"]["analyzer"]["method"] == "network"
+    assert Geometry.model_validate(start["nanobeam"]["geometry"]) == geometry
+    assert start["nanobeam"]["roi"] == geometry.roi.model_dump()
+    configuration = descriptor["configuration"]["nanobeam"]["data"]
+    assert configuration["nanobeam_thickness_nm"] == 11.7
+    assert all(key["units"] is not None for key in descriptor["data_keys"].values())
+
+
+def test_stock_callbacks_work_on_the_derived_run(engine, callback):
+    plot = LivePlot("strain", "sample_x")
+    best = BestEffortCallback()
+    best.disable_plots()
+    tokens = [callback.subscribe(sink) for sink in (plot, best)]
+    run = engine(phantom("figure3", (4, 5)))
+    assert callback.wait(30)
+    for token in tokens:
+        sink = callback._sinks[token]
+        assert sink.health.errors == 0, sink.health.last_error
+        callback.unsubscribe(token)
+    assert len(plot.y_data) == 20
+    assert run[-1][1]["exit_status"] == "success"
+
+
+def test_a_derived_run_is_not_analysed_again(callback, engine, derived):
+    run = engine(phantom("figure3", (2, 3)))
+    for name, doc in run:
+        callback(name, doc)
+    assert callback.wait(10)
+    assert len(split(derived)) == 1
+
+
+def test_another_roi_is_used_when_given(RE, geometry, tmp_path):
+    callback = NanobeamCallback("correlation", roi=ROI(row=20, col=10, height=96, width=112))
+    documents = []
+    callback.subscribe(lambda name, doc: documents.append((name, doc)))
+    RE(sxdm_fly(SimulatedSXDM(phantom("figure3", (2, 3)), geometry, tmp_path)), callback)
+    assert callback.wait(60)
+    callback.close()
+    assert documents[0][1]["nanobeam"]["roi"] == {"row": 20, "col": 10, "height": 96, "width": 112}
+    assert documents[-1][1]["exit_status"] == "success"
+
+
+# ------------------------------------------------------------------------- faults
+
+
+def flagged(run):
+    """Point number → flags."""
+    return {
+        number: flags
+        for name, doc in run
+        if name == "event_page"
+        for number, flags in zip(doc["seq_num"], doc["data"]["flags"], strict=True)
+    }
+
+
+def without(*keys):
+    def change(name, doc):
+        if name == "start":
+            doc["nanobeam"] = {k: v for k, v in doc["nanobeam"].items() if k not in keys}
+        yield name, doc
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (without("thickness_nm"), "thickness_nm missing: looked at start['nanobeam']"),
+        (without("optics", "roi_shape"), "optics missing"),
+    ],
+)
+def test_missing_metadata_fail_the_derived_run_and_say_what_to_add(engine, change, words):
+    run = engine(phantom("figure3", (2, 3)), change=change)
+    assert [name for name, _ in run] == ["start", "stop"]
+    assert run[-1][1]["exit_status"] == "fail"
+    assert words in run[-1][1]["reason"]
+
+
+def test_an_energy_that_contradicts_the_wavelength_is_refused(engine):
+    def change(name, doc):
+        if name == "start":
+            doc["nanobeam"] = doc["nanobeam"] | {"energy_keV": 11.3, "wavelength_angstrom": 2.0}
+        yield name, doc
+
+    run = engine(phantom("figure3", (2, 3)), change=change)
+    assert "contradiction: wavelength_angstrom" in run[-1][1]["reason"]
+
+
+def test_a_run_that_no_preset_matches_is_ignored(callback, derived, RE):
+    from bluesky.plans import count
+    from ophyd.sim import det
+
+    RE(count([det], 3), callback)
+    assert callback.wait(10)
+    assert derived == []
+
+
+def test_a_killed_worker_loses_no_point(RE, callback, derived, geometry, tmp_path):
+    sample = phantom("unique", (10, 20))
+    sxdm = SimulatedSXDM(sample, geometry, tmp_path, counts=20_000)
+    restarts = callback.health.worker_restarts
+
+    def kill_once(name, doc):
+        if (
+            name == "stream_datum"
+            and doc["seq_nums"]["start"] > 50
+            and callback._worker.pid in alive
+        ):
+            alive.clear()
+            os.kill(callback._worker.pid, signal.SIGKILL)
+        callback(name, doc)
+
+    alive = [callback._worker.pid]
+    RE(sxdm_fly(sxdm, dwell_s=0.005), kill_once)
+    assert callback.wait(90)
+    (run,) = split(derived)
+    compare(run, sample)
+    assert run[-1][1]["exit_status"] == "success"
+    assert callback.health.worker_restarts == restarts + 1
+
+
+def test_vanished_frames_are_flagged_and_the_rest_analysed(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr("nanobeam_bluesky.documents.pipeline.DEADLINE_SECONDS", 1.0)
+
+    def redirect(name, doc):
+        """Points from 22 on are said to be in a file that does not exist."""
+        if name == "stream_resource" and doc["data_key"] == "sxdm_image":
+            resources.append(doc)
+            yield name, doc
+            yield name, doc | {"uid": "gone", "uri": f"file://localhost{tmp_path}/gone.h5"}
+        elif name == "stream_datum" and doc["stream_resource"] == resources[0]["uid"]:
+            if doc["seq_nums"]["start"] > 21:
+                doc = doc | {"stream_resource": "gone"}
+            yield name, doc
+        else:
+            yield name, doc
+
+    resources = []
+    sample = phantom("unique", SHAPE)
+    run = engine(sample, change=redirect)
+    flags = flagged(run)
+    assert sorted(flags) == list(range(1, 43))
+    assert {flags[p] for p in range(1, 22)} == {0}
+    assert {flags[p] for p in range(22, 43)} == {Flag.FRAME_MISSING}
+    assert run[-1][1]["exit_status"] == "success"
+    assert "No such file" in run[-1][1]["reason"]
+
+
+def test_frames_smaller_than_the_roi_are_flagged(engine, tmp_path, monkeypatch):
+    with h5py.File(tmp_path / "small.h5", "w") as file:
+        file["d"] = np.zeros((6, 100, 100), np.uint16)
+
+    def redirect(name, doc):
+        if name == "stream_resource" and doc["data_key"] == "sxdm_image":
+            doc = doc | {
+                "uri": f"file://localhost{tmp_path}/small.h5",
+                "parameters": {"dataset": "d", "chunk_shape": [1, 100, 100]},
+            }
+        yield name, doc
+
+    run = engine(phantom("figure3", (2, 3)), change=redirect)
+    assert set(flagged(run).values()) == {Flag.FRAME_MISSING}
+    assert "100 × 100" in run[-1][1]["reason"]
+
+
+def test_a_missing_stop_document_is_said_when_the_callback_closes(RE, geometry, tmp_path):
+    callback = NanobeamCallback()
+    documents = []
+    callback.subscribe(lambda name, doc: documents.append((name, doc)))
+
+    def lose_stop(name, doc):
+        if name != "stop":
+            callback(name, doc)
+
+    RE(sxdm_fly(SimulatedSXDM(phantom("figure3", (2, 3)), geometry, tmp_path)), lose_stop)
+    assert not callback.wait(1)
+    callback.close()
+    stop = documents[-1][1]
+    assert stop["exit_status"] == "fail"
+    assert "before the run had stopped" in stop["reason"]
+
+
+def test_an_aborted_scan_closes_its_derived_run_likewise(RE, callback, derived, geometry, tmp_path):
+    sxdm = SimulatedSXDM(phantom("unique", SHAPE), geometry, tmp_path)
+
+    def abort(name, doc):
+        callback(name, doc)
+        if name == "stream_datum" and doc["seq_nums"]["start"] > 7 and not aborted:
+            aborted.append(threading.Thread(target=RE.request_pause))
+            aborted[0].start()
+
+    aborted = []
+    with pytest.raises(RunEngineInterrupted):
+        RE(sxdm_fly(sxdm, dwell_s=0.01, flush_period=0.02), abort)
+    RE.abort("enough seen")
+    assert callback.wait(60)
+    (run,) = split(derived)
+    assert run[-1][1]["exit_status"] == "abort"
+    assert "enough seen" in run[-1][1]["reason"]
+
+
+def test_more_points_than_the_shape_has_are_kept_and_said(engine):
+    def shrink(name, doc):
+        if name == "start":
+            doc["shape"] = [5, 7]
+        yield name, doc
+
+    run = engine(phantom("unique", SHAPE), change=shrink)
+    assert run[-1][1]["exit_status"] == "fail"
+    assert "7 points more than shape" in run[-1][1]["reason"]
+    assert sum(bool(f & Flag.POSITION_MISSING) for f in flagged(run).values()) == 7
+
+
+def test_a_sink_that_fails_is_counted_and_disturbs_no_other(engine, callback):
+    def broken(name, doc):
+        raise OSError("No space left on device")
+
+    token = callback.subscribe(broken)
+    run = engine(phantom("figure3", (2, 3)))
+    assert run[-1][1]["exit_status"] == "success"
+    assert callback.health.errors >= 1
+    callback.unsubscribe(token)
