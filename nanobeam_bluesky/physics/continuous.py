@@ -35,8 +35,9 @@ Floats = NDArray[np.floating[Any]]
 CHANNELS = ("pattern", "shift_x", "shift_y", "dq", "thickness")
 """What `pattern_channels` fills: the pattern and its derivatives by these."""
 
-# sizes that keep every pixel within 1e-5 of the peak (tests hold them to 1e-4)
-_FRINGE_STEP = 0.2  # largest change of z over a sub-column
+# steps that keep every pixel within 1e-5 of the peak
+_FRINGE_STEP = 0.2  # largest change of z over a sub-column, sharp pupil
+_BLUR_FRINGE_STEP = 0.7  # largest change of z, blurred pupil
 _BLUR_NODES = 4  # Gauss nodes of a sub-column, blurred pupil
 _BLUR_STEP = 2.2  # largest sub-column, blurs
 _TABLE_STEP = 1 / 3  # of the table, blurs
@@ -107,9 +108,11 @@ def continuous_plan(geometry: Geometry) -> ContinuousPlan:
 
     blur = geometry.pupil_blur_px
     edge_s, edge_q, _ = optics(np.arange(nx + 1) - cx)
-    per_column = math.ceil(per_q * np.abs(np.diff(edge_q)).max() / _FRINGE_STEP)
-    if blur > 0:
-        per_column = math.ceil(np.diff(edge_s).max() / (_BLUR_STEP * blur))
+    fringe = per_q * np.abs(np.diff(edge_q)).max()
+    finest = fringe / _FRINGE_STEP
+    if blur:
+        finest = max(fringe / _BLUR_FRINGE_STEP, np.diff(edge_s).max() / (_BLUR_STEP * blur))
+    per_column = math.ceil(finest)
     nodes, weights = np.polynomial.legendre.leggauss(_BLUR_NODES if blur else 3)
     x = np.arange(nx * per_column + 1) / per_column - cx
     borders, _, _ = optics(x)

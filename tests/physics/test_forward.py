@@ -40,12 +40,22 @@ GEOMETRIES = {
     "odd number of pixels": changed(roi_shape=(66, 102), roi_origin_px=(200, 190)),
 }
 SHORT = changed(detector_distance_m=0.05, pixel_size_um=10.0, roi_origin_px=(160, 220))
-CONTINUOUS = GEOMETRIES | {"short distance": SHORT}
+CONTINUOUS = GEOMETRIES | {
+    "short distance": SHORT,
+    "grazing exit": changed(
+        lattice_c_angstrom=40.0,
+        reflection_l=1,
+        d_spacing_angstrom=40.0,
+        detector_distance_m=0.31,
+        thickness_nm=1.0,
+    ),
+}
 BLURRED = {
     "0.5 px": changed(pupil_blur_px=0.5),
     "0.1 px": changed(pupil_blur_px=0.1),
     "3 px, 100 nm film": changed(pupil_blur_px=3.0, thickness_nm=100.0),
     "300 nm film": changed(pupil_blur_px=0.7, thickness_nm=300.0),
+    "2 µm film": changed(pupil_blur_px=2.0, thickness_nm=2000.0),
     "rectangular, tilted detector": changed(
         optics=rectangle(stop=(2.0, 1.3)), pupil_blur_px=0.5, detector_two_theta_deg=10.0
     ),
@@ -175,6 +185,16 @@ def test_a_dark_library_has_no_peak_and_says_so():
     geometry = changed(roi_origin_px=(380, 380))
     with pytest.raises(ValueError, match=r"no light reaches the ROI.*roi_origin_px"):
         forward(0, 0, 0, geometry, sampling="published")
+
+
+def test_columns_near_the_horizon_equal_the_adaptive_integral(adaptive_integral):
+    geometry = CONTINUOUS["grazing exit"]
+    parameters = (0.0, 0.28, 0.01)  # the pupil lies at the columns of lowest exit
+    pattern = forward(*parameters, geometry)[0]
+    assert pattern[:, :3].max() > 0.9
+    pixels = telling_pixels(pattern, 60)
+    expected = adaptive_integral(*parameters, geometry, pixels)
+    np.testing.assert_allclose([pattern[p] for p in pixels], expected, rtol=0, atol=1e-5)
 
 
 def test_published_sampling_refuses_pixels_wider_than_its_windows():
