@@ -363,13 +363,12 @@ def _blurred(
 
 
 @kernel
-def _root_moments(r: float, s: float, out: Floats) -> None:
-    """Fill out (3,) with ∫₀ˢ σᵏ √(r² − σ²) dσ, k = 0, 1, 2 (up to a constant); |s| ≤ r."""
+def _root_moments(r: float, s: float) -> tuple[float, float, float]:
+    """∫₀ˢ σᵏ √(r² − σ²) dσ for k = 0, 1, 2, up to a constant for k = 1; |s| ≤ r."""
     h2 = max(r * r - s * s, 0.0)
     h = math.sqrt(h2)
-    out[0] = (s * h + r * r * math.asin(s / r)) / 2
-    out[1] = -h2 * h / 3
-    out[2] = (r * r * out[0] - s * h2 * h) / 4
+    m0 = (s * h + r * r * math.asin(s / r)) / 2
+    return m0, -h2 * h / 3, (r * r * m0 - s * h2 * h) / 4
 
 
 @kernel
@@ -397,14 +396,15 @@ def _sharp(
             values[1, node] = slope * per_q
             values[2, node] = slope * z / thickness
         for channel in range(3 if out.shape[0] > 1 else 1):
-            w, v = plan.polynomial[c], values[channel]
-            a0 = w[0, 0] * v[0] + w[0, 1] * v[1] + w[0, 2] * v[2]
-            a1 = w[1, 0] * v[0] + w[1, 1] * v[1] + w[1, 2] * v[2]
-            a2 = w[2, 0] * v[0] + w[2, 1] * v[1] + w[2, 2] * v[2]
-            p = powers[channel + 1 if channel else 0, c]
-            p[0] = a0 - middle * (a1 - middle * a2)
-            p[1] = a1 - 2 * middle * a2
-            p[2] = a2
+            a0 = a1 = a2 = 0.0  # of s − middle
+            for node in range(3):
+                a0 += plan.polynomial[c, 0, node] * values[channel, node]
+                a1 += plan.polynomial[c, 1, node] * values[channel, node]
+                a2 += plan.polynomial[c, 2, node] * values[channel, node]
+            k = channel + 1 if channel else 0
+            powers[k, c, 0] = a0 - middle * (a1 - middle * a2)
+            powers[k, c, 1] = a1 - 2 * middle * a2
+            powers[k, c, 2] = a2
         powers[1, c, 0] = -powers[0, c, 1]
         powers[1, c, 1] = -2 * powers[0, c, 2]
     for part in range(2):
@@ -430,19 +430,11 @@ def _add_opening(
     ny = plan.rows.size - 1
     row = plan.rows[1] - plan.rows[0]
     v_first = plan.rows[0] + shift_y
-    cut = np.empty(ny + 1)  # where the rim crosses the row border, and the moments there
-    at_cut = np.empty((ny + 1, 3))
-    if plan.round:
-        for j in range(ny + 1):
-            v = v_first + j * row
-            cut[j] = math.sqrt(max(a * a - v * v, 0.0))
-            _root_moments(a, cut[j], at_cut[j])
-    left, right = np.empty(3), np.empty(3)
     # per channel (pattern, shift_x, dq, thickness): light below v, if v lies inside (per v)
     # and outside; and the same with the derivative by shift_y last
     inside, outside = np.zeros(4), np.zeros(4)
     now, last = np.zeros(5), np.zeros(5)
-    h0 = h1 = 0.0
+    l0 = l1 = l2 = r0 = r1 = r2 = h0 = h1 = 0.0  # at the left and right border
     started = False
     for c in range(plan.q.shape[0]):
         border0, border1 = plan.borders[c] + shift_x, plan.borders[c + 1] + shift_x
@@ -452,28 +444,27 @@ def _add_opening(
         e0, e1, e2 = s1 - s0, (s1**2 - s0**2) / 2, (s1**3 - s0**3) / 3
         if plan.round:
             if started:
-                left, right = right, left
-                h0 = h1
+                l0, l1, l2, h0 = r0, r1, r2, h1
             else:
-                _root_moments(a, s0, left)
+                l0, l1, l2 = _root_moments(a, s0)
                 h0 = math.sqrt(a * a - s0 * s0)
                 started = True
-            _root_moments(a, s1, right)
+            r0, r1, r2 = _root_moments(a, s1)
             h1 = math.sqrt(a * a - s1 * s1)
             h_min = min(h0, h1)
             h_max = a if s0 < 0 < s1 else max(h0, h1)
-            f0, f1, f2 = right[0] - left[0], right[1] - left[1], right[2] - left[2]
+            f0, f1, f2 = r0 - l0, r1 - l1, r2 - l2
         else:
             h0 = h1 = h_min = h_max = b
             f0, f1, f2 = b * e0, b * e1, b * e2
         for k in range(n_powers):
-            p = powers[k, c]
-            inside[k] = p[0] * e0 + p[1] * e1 + p[2] * e2
-            outside[k] = p[0] * f0 + p[1] * f1 + p[2] * f2
+            p0, p1, p2 = powers[k, c, 0], powers[k, c, 1], powers[k, c, 2]
+            inside[k] = p0 * e0 + p1 * e1 + p2 * e2
+            outside[k] = p0 * f0 + p1 * f1 + p2 * f2
         # the borders move with shift_x, unless the opening ends first
-        p = powers[0, c]
-        edge0 = p[0] + s0 * (p[1] + s0 * p[2]) if border0 > -a else 0.0
-        edge1 = p[0] + s1 * (p[1] + s1 * p[2]) if border1 < a else 0.0
+        p0, p1, p2 = powers[0, c, 0], powers[0, c, 1], powers[0, c, 2]
+        edge0 = p0 + s0 * (p1 + s0 * p2) if border0 > -a else 0.0
+        edge1 = p0 + s1 * (p1 + s1 * p2) if border1 < a else 0.0
         inside[1] += edge1 - edge0
         outside[1] += edge1 * h1 - edge0 * h0
         column = c // plan.per_column
@@ -494,28 +485,28 @@ def _add_opening(
                     now[1], now[2] = up * outside[1], 0.0
                     now[3], now[4] = up * outside[2], up * outside[3]
             else:
-                lo, hi = max(s0, -cut[j]), min(s1, cut[j])
+                # the rim leaves the row border at ±cut
+                cut = math.sqrt(a * a - v * v)
+                m0, m1, m2 = _root_moments(a, cut)
+                lo, hi = max(s0, -cut), min(s1, cut)
                 e0 = e1 = e2 = 0.0
                 if hi > lo:
                     e0, e1, e2 = hi - lo, (hi**2 - lo**2) / 2, (hi**3 - lo**3) / 3
                 f0, f1, f2 = height * e0, height * e1, height * e2
-                # beside the cut the rim limits; its moments 0 and 2 are odd in s, 1 is even
-                m = at_cut[j]
-                if s0 < -cut[j]:
-                    f0, f1, f2 = f0 - m[0] - left[0], f1 + m[1] - left[1], f2 - m[2] - left[2]
-                if s1 > cut[j]:
-                    f0, f1, f2 = f0 + right[0] - m[0], f1 + right[1] - m[1], f2 + right[2] - m[2]
-                p = powers[0, c]
-                now[0] = up * (p[0] * f0 + p[1] * f1 + p[2] * f2)
+                # beyond the cut the rim limits; its moments 0 and 2 are odd in s, 1 is even
+                if s0 < -cut:
+                    f0, f1, f2 = f0 - m0 - l0, f1 + m1 - l1, f2 - m2 - l2
+                if s1 > cut:
+                    f0, f1, f2 = f0 + r0 - m0, f1 + r1 - m1, f2 + r2 - m2
+                now[0] = up * (p0 * f0 + p1 * f1 + p2 * f2)
                 if derivatives:
-                    now[2] = p[0] * e0 + p[1] * e1 + p[2] * e2
                     edge = edge1 * min(h1, height) - edge0 * min(h0, height)
-                    p = powers[1, c]
-                    now[1] = up * (p[0] * f0 + p[1] * f1 + edge)
-                    p = powers[2, c]
-                    now[3] = up * (p[0] * f0 + p[1] * f1 + p[2] * f2)
-                    p = powers[3, c]
-                    now[4] = up * (p[0] * f0 + p[1] * f1 + p[2] * f2)
+                    now[2] = p0 * e0 + p1 * e1 + p2 * e2
+                    for k, to in ((1, 1), (2, 3), (3, 4)):
+                        now[to] = up * (
+                            powers[k, c, 0] * f0 + powers[k, c, 1] * f1 + powers[k, c, 2] * f2
+                        )
+                    now[1] += up * edge
             if not first:
                 for k in range(out.shape[0]):
                     out[k, column, j - 1] += sign * (now[k] - last[k])
