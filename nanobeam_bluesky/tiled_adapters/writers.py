@@ -51,11 +51,11 @@ def derived_writer(client: Container, *, backup_directory: Path | str | None = N
     """
     # Derived documents follow today's event-model; the default normalizer would copy
     # and validate each of them again, for 0.34 ms a point.
-    return _PageWriter(client, normalizer=None, backup_directory=_text(backup_directory))
+    return DerivedWriter(client, normalizer=None, backup_directory=_text(backup_directory))
 
 
-class _PageWriter(TiledWriter):
-    """A TiledWriter whose unit of writing is the event page."""
+class DerivedWriter(TiledWriter):
+    """TiledWriter whose unit of writing is the event page."""
 
     def _factory(self, name: str, doc: Any) -> tuple[list[Any], list[Any]]:
         (callback,), subfactories = super()._factory(name, doc)

@@ -80,35 +80,54 @@ def test_interleaved_derived_runs_stay_apart(catalog, derived_documents):
         assert len(run["primary"].base["internal"].read()) == 6
 
 
-def test_folder_can_be_opened_again_and_from_a_second_process(tmp_path, derived_documents):
-    documents = derived_documents((3, 4))
-    uid = documents[0][1]["uid"]
-    first = open_catalog(tmp_path)
-    write = derived_writer(first["derived"])
-    for name, doc in documents:
-        write(name, doc)
-    script = (
-        "import sys; from nanobeam_bluesky.tiled_adapters import open_catalog\n"
-        "run = open_catalog(sys.argv[1])['derived'].values().last()\n"
-        "print(run.metadata['start']['uid'], run['primary']['strain'].read().shape)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60
-    )
-    assert done.stdout.split("\n")[0] == f"{uid} (12,)", done.stderr
-    first.context.close()
+SECOND_PROCESS = """
+import json, sys
+from nanobeam_bluesky.callbacks.sink import BackgroundSink
+from nanobeam_bluesky.tiled_adapters import derived_writer, open_catalog
 
-    again = open_catalog(tmp_path)
-    try:
-        assert list(again) == ["raw", "derived"]
-        assert list(again["derived"]) == [uid]
-        other = derived_documents((2, 2))
-        write = derived_writer(again["derived"])
-        for name, doc in other:
+catalog = open_catalog(sys.argv[1])
+run = catalog["derived"].values().last()
+print(run.metadata["start"]["uid"], run["primary"]["strain"].read().shape)
+sink = BackgroundSink(derived_writer(catalog["derived"]))
+for name, doc in json.load(sys.stdin):
+    sink(name, doc)
+"""
+
+
+def test_second_process_reads_the_folder_and_its_exit_writes_what_is_queued(
+    tmp_path, derived_documents
+):
+    ours, theirs = derived_documents((3, 4)), derived_documents((5, 4), page=4)
+    client = open_catalog(tmp_path)
+    write = derived_writer(client["derived"])
+    for name, doc in ours:
+        write(name, doc)
+    done = subprocess.run(
+        [sys.executable, "-c", SECOND_PROCESS, str(tmp_path)],
+        input=json.dumps(theirs),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.stdout == f"{ours[0][1]['uid']} (12,)\n", done.stderr
+    run = client["derived"][theirs[0][1]["uid"]]
+    assert len(run["primary"].base["internal"].read()) == 20
+    assert run.metadata["stop"]["exit_status"] == "success"
+    client.context.close()
+
+
+def test_folder_can_be_opened_again(tmp_path, derived_documents):
+    uids = []
+    for shape in ((3, 4), (2, 2)):
+        documents = derived_documents(shape)
+        client = open_catalog(tmp_path)
+        assert list(client) == ["raw", "derived"]
+        assert list(client["derived"]) == uids
+        write = derived_writer(client["derived"])
+        for name, doc in documents:
             write(name, doc)
-        assert len(again["derived"]) == 2
-    finally:
-        again.context.close()
+        client.context.close()
+        uids.append(documents[0][1]["uid"])
 
 
 FRAMES = np.arange(6 * 4 * 5, dtype=np.uint16).reshape(6, 4, 5)
