@@ -51,8 +51,6 @@ def main() -> None:
         print(f"{name:44s} {value:10.3g} {must:10.3g} {value / must:7.2f}  {unit}")
 
     row(f"library of {LIBRARY_STEPS}³ patterns of 64×64", library, 5.0, "s")
-    continuous = best(lambda: simulate_library(geometry, *axes, sampling="continuous"), 2)
-    row("the same, continuous sampling", continuous, 5.0, "s")
     for sampling in ("continuous", "published"):
         seconds = best(lambda s=sampling: forward(*parameters, geometry, sampling=s), 5)
         row(f"forward, {sampling}", seconds / 2000 * 1e3, 0.1, "ms a pattern")
