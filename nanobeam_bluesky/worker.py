@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 from dataclasses import asdict
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +42,7 @@ Arrays = list[NDArray[Any]]
 _NUMERIC = "biuf"
 
 
-def send(pipe: BinaryIO, message: Message, arrays: Arrays | None = None) -> None:
+def send(pipe: IO[bytes], message: Message, arrays: Arrays | None = None) -> None:
     """Write a message and its numeric arrays."""
     arrays = [np.ascontiguousarray(a) for a in arrays or []]
     header = message | {"arrays": [[a.dtype.str, list(a.shape)] for a in arrays]}
@@ -52,7 +52,7 @@ def send(pipe: BinaryIO, message: Message, arrays: Arrays | None = None) -> None
     pipe.flush()
 
 
-def receive(pipe: BinaryIO) -> tuple[Message, Arrays] | None:
+def receive(pipe: IO[bytes]) -> tuple[Message, Arrays] | None:
     """Read a message; None where the other side has ended.
 
     Raises
@@ -70,14 +70,14 @@ def receive(pipe: BinaryIO) -> tuple[Message, Arrays] | None:
         if dtype.kind not in _NUMERIC:
             raise ValueError(f"worker message with an array of {dtype}: expected numbers")
         array = np.empty(shape, dtype)
-        view = memoryview(array).cast("B") if array.size else memoryview(b"")
+        view = array.data.cast("B") if array.size else memoryview(b"")
         if _fill(pipe, view) < view.nbytes:
             return None
         arrays.append(array)
     return message, arrays
 
 
-def _fill(pipe: BinaryIO, view: memoryview) -> int:
+def _fill(pipe: IO[bytes], view: memoryview) -> int:
     done = 0
     while done < view.nbytes:
         count = pipe.readinto(view[done:])  # type: ignore[attr-defined]
@@ -157,7 +157,7 @@ def decode_processed(message: Message, arrays: Arrays, task: Task) -> Processed:
 # ------------------------------------------------------------------------- server
 
 
-def serve(requests: BinaryIO, answers: BinaryIO) -> None:
+def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
     """Answer requests until the other side ends."""
     processor = Processor()
     while (received := receive(requests)) is not None:

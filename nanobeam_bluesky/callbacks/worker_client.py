@@ -154,19 +154,22 @@ class WorkerClient:
 
     def _read(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
-        try:
-            while (received := receive(process.stdout)) is not None:
-                self._notify((process, *received))
-        except (OSError, ValueError):
-            process.kill()
+        with process.stdout as pipe:
+            try:
+                while (received := receive(pipe)) is not None:
+                    self._notify((process, *received))
+            except (OSError, ValueError):
+                process.kill()
         self._notify((process, None, []))
 
     def _died(self) -> None:
-        assert self._process is not None
+        assert self._process is not None and self._process.stdin is not None
         code = self._process.wait()
-        self.restarts += 1
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
         self._fruitless += 1
         waiting = next(iter(self._tasks), None)
+        self.restarts += 1
         logger.warning("the worker process ended with %s; starting it again", code)
         if waiting is not None:
             self._deaths[waiting] = self._deaths.get(waiting, 0) + 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 from nanobeam_bluesky.documents.frames import FrameReader, ReadStatus
 from nanobeam_bluesky.documents.references import PointBlock
 from nanobeam_bluesky.geometry import Geometry
-from nanobeam_bluesky.models import Analyzer, Estimates, Flag, ModelNotFoundError
+from nanobeam_bluesky.models import Estimates, Flag
+
+if TYPE_CHECKING:
+    from nanobeam_bluesky.models import Analyzer
 
 __all__ = ["AnalyzerChoice", "Processed", "Processor", "Task"]
 
@@ -23,15 +26,17 @@ logger = logging.getLogger("nanobeam_bluesky")
 class AnalyzerChoice:
     """Which estimator to use."""
 
-    method: str = "auto"
+    method: Literal["auto", "network", "correlation"] = "auto"
     """"auto" (network, where one is trained), "network" or "correlation"."""
-    on_missing_model: str = "fit"
+    on_missing_model: Literal["fit", "skip"] = "fit"
     """"fit" (correlation fit) or "skip" (no derived points) where no network is trained."""
     device: str = "auto"
     """Torch device, e.g. "cpu"."""
 
     def build(self, geometry: Geometry) -> Analyzer:
         """Load or make the analyzer; `ModelNotFoundError` if there is none to be had."""
+        from nanobeam_bluesky.models import Analyzer, ModelNotFoundError  # with torch
+
         if self.method != "auto":
             return Analyzer.for_geometry(geometry, method=self.method, device=self.device)
         try:
@@ -124,7 +129,7 @@ class Processor:
 
 def _process(task: Task, analyzer: Analyzer, reader: FrameReader) -> Processed:
     read = [reader.patterns(block) for block in task.frames]
-    patterns, saturated, status = (np.concatenate([r[i] for r in read]) for i in range(3))  # type: ignore[misc]
+    patterns, saturated, status = (np.concatenate([r[i] for r in read]) for i in range(3))
     reasons = [r[3] for r in read]
     estimates = Estimates.empty(len(status), Flag.FRAME_MISSING)
     ok = status == ReadStatus.OK

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,7 +98,7 @@ def correlation_fit(
     stacked = np.concatenate([library.marginals[name] for name in PARAMETERS])
     correlation = (flat @ stacked.T).astype(np.float64)
     edges = np.cumsum([len(library.axes[name]) for name in PARAMETERS])[:-1]
-    found: dict[str, NDArray[np.float64]] = {}
+    found: dict[str, Any] = {}
     for name, weight in zip(PARAMETERS, np.split(correlation, edges, axis=1), strict=True):
         weight = weight - weight.min(axis=1, keepdims=True)
         total = weight.sum(axis=1)

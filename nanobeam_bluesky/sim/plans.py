@@ -76,7 +76,7 @@ def sxdm_fly(
     @bpp.stage_decorator([sxdm])
     def run() -> MsgGenerator[None]:
         yield from bps.declare_stream(sxdm, name="primary", collect=True)
-        yield from bpp.contingency_wrapper(fly(), except_plan=collect_rest)  # type: ignore[no-untyped-call]
+        yield from bpp.contingency_wrapper(fly(), except_plan=collect_rest)
 
     # the sample is rendered here, so that the run's time is the time of flight
     yield from bps.prepare(sxdm, flights[0], wait=True)

@@ -1,0 +1,222 @@
+"""``nanobeam demo``: the whole path on a simulated beamline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import xarray as xr
+from bluesky import RunEngine
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from nanobeam_bluesky.callbacks import BackgroundSink, LiveMaps, NanobeamCallback
+from nanobeam_bluesky.documents import to_maps
+from nanobeam_bluesky.geometry import Geometry
+from nanobeam_bluesky.physics import cramer_rao
+from nanobeam_bluesky.plots import plot_comparison
+from nanobeam_bluesky.sim import Phantom, SimulatedSXDM, phantom, sxdm_fly
+from nanobeam_bluesky.tiled_adapters import derived_writer, open_catalog, raw_writer, serve
+
+__all__ = ["run_demo"]
+
+DWELL_S = 0.002
+"""Time per point, s: 500 Hz."""
+
+PUBLISHED_RMSE = {"strain": 1.8e-4, "omega": 5.4e-4, "chi": 1.6e-3}
+"""One published network on the continuous model at 4300 counts (re-measured)."""
+
+_UNITS = {"strain": ("ε", "", 1.0), "omega": ("ω", "°", 1.0), "chi": ("χ", "°", 1.0)}
+
+
+@dataclass(eq=False)  # hashable, as subscribers must be
+class _Stopwatch:
+    """Stands between RunEngine and callback, and measures."""
+
+    callback: NanobeamCallback
+    documents: int = 0
+    seconds: float = 0.0
+    started: float = 0.0
+    stopped: float = 0.0
+    announced: dict[int, float] = field(default_factory=dict)
+    """Point → when a document told of its frame."""
+    delays: list[float] = field(default_factory=list)
+    uids: dict[str, str] = field(default_factory=dict)
+
+    def __call__(self, name: str, doc: Mapping[str, Any]) -> None:
+        """Time the callback in the RunEngine's thread."""
+        before = time.perf_counter()
+        self.callback(name, doc)
+        self.seconds += time.perf_counter() - before
+        self.documents += 1
+        if name == "stream_datum":
+            points = range(doc["seq_nums"]["start"], doc["seq_nums"]["stop"])
+            self.announced.update(dict.fromkeys(points, before))
+            self.started = self.started or before
+        elif name == "start":
+            self.uids["raw"] = doc["uid"]
+        elif name == "stop":
+            self.stopped = before
+
+    def derived(self, name: str, doc: Mapping[str, Any]) -> None:
+        """Note when the values of a point are there."""
+        now = time.perf_counter()
+        if name == "event_page":
+            self.delays += [now - self.announced[number] for number in doc["seq_num"]]
+        elif name == "start":
+            self.uids["derived"] = doc["uid"]
+
+
+def run_demo(
+    shape: tuple[int, int],
+    counts: float,
+    sample: str,
+    out: Path,
+    console: Console,
+    *,
+    show: bool = False,
+    keep_serving: bool = False,
+) -> bool:
+    """Fly a simulated scan, map it live, record both runs, print and draw the outcome.
+
+    Returns
+    -------
+    ok
+        Whether every point has arrived in the derived run.
+    """
+    geometry = Geometry.published()
+    truth = phantom(sample, shape)  # type: ignore[arg-type]  # refused by name if unknown
+    callback = NanobeamCallback()  # its worker starts up meanwhile
+    out.mkdir(parents=True, exist_ok=True)
+    client = open_catalog(out)
+    sxdm = SimulatedSXDM(truth, geometry, out / "frames", counts=counts)
+    watch = _Stopwatch(callback)
+    callback.subscribe(watch.derived)
+    callback.subscribe(derived_writer(client["derived"]))
+    live = LiveMaps() if show else None
+    if live is not None:
+        callback.subscribe(live)
+    record = BackgroundSink(raw_writer(client["raw"]), name="raw runs")
+
+    engine = RunEngine()
+    engine.subscribe(record)
+    engine.subscribe(watch)
+    console.print(
+        f"Flying {sample}, {shape[0]} × {shape[1]} points at {1 / DWELL_S:.0f} Hz, "
+        f"{counts:.0f} counts a pattern"
+    )
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    ) as progress:
+        task = progress.add_task("points mapped", total=truth.size)
+        callback.subscribe(
+            lambda name, doc: progress.advance(task, len(doc["seq_num"])), "event_page"
+        )
+        engine(sxdm_fly(sxdm, dwell_s=DWELL_S))
+        ok = callback.wait(60) and record.wait(60)
+
+    run = client["derived"][watch.uids["derived"]]
+    maps = to_maps(run)
+    ok = ok and int((maps["flags"] != 32).sum()) == truth.size
+    _print_table(console, maps, truth, geometry, sxdm, watch, callback)
+    figure = _draw(maps, truth, out / "demo.png")
+    console.print(
+        f"\nFigure: {figure}\nRuns and frames: {out}; read them back with", soft_wrap=True
+    )
+    console.print(
+        "  from nanobeam_bluesky import to_maps\n"
+        "  from nanobeam_bluesky.tiled_adapters import open_catalog\n"
+        f"  maps = to_maps(open_catalog({str(out)!r})['derived'].values().last())",
+        highlight=False,
+        soft_wrap=True,
+    )
+    callback.close()
+    if show:
+        plt.show()
+    if keep_serving:
+        _serve(out, console)
+    return ok
+
+
+def _print_table(
+    console: Console,
+    maps: xr.Dataset,
+    truth: Phantom,
+    geometry: Geometry,
+    sxdm: SimulatedSXDM,
+    watch: _Stopwatch,
+    callback: NanobeamCallback,
+) -> None:
+    seconds = watch.stopped - watch.started
+    health = callback.health
+    table = Table(show_header=False, box=None)
+    for name, text in (
+        ("points", f"{truth.size}"),
+        ("flight", f"{seconds:.1f} s, {truth.size / seconds:.0f} points/s"),
+        (
+            "RunEngine thread",
+            f"{1e6 * watch.seconds / watch.documents:.1f} µs a document "
+            f"({watch.documents} documents)",
+        ),
+        (
+            "lag, document to value",
+            f"median {np.median(watch.delays):.2f} s, 95 % {np.quantile(watch.delays, 0.95):.2f} s",
+        ),
+        ("flagged", f"{health.points_flagged}"),
+        ("errors", f"{health.errors} {health.last_error}"),
+    ):
+        table.add_row(name, text)
+    console.print(table)
+
+    good = np.isfinite(maps["strain"].to_numpy())
+    bound = cramer_rao(
+        truth.strain[good],
+        truth.omega[good],
+        truth.chi[good],
+        geometry,
+        scale=sxdm.scale * truth.intensity[good],
+    )
+    accuracy = Table("", "RMSE", "Cramér–Rao bound", "ratio", "a published network")
+    for key, (symbol, unit, _) in _UNITS.items():
+        error = maps[key].to_numpy()[good] - getattr(truth, key)[good]
+        rmse = float(np.sqrt(np.mean(error**2)))
+        limit = float(np.sqrt(np.mean(np.square(bound[key]))))
+        accuracy.add_row(
+            symbol,
+            f"{rmse:.2e}{unit}",
+            f"{limit:.2e}{unit}",
+            f"{rmse / limit:.2f}",
+            f"{PUBLISHED_RMSE[key]:.1e}{unit}",
+        )
+    console.print(accuracy)
+
+
+def _draw(maps: xr.Dataset, truth: Phantom, path: Path) -> Path:
+    true = maps.copy()
+    for key in _UNITS:
+        values = np.where(truth.intensity > 0, getattr(truth, key), np.nan)
+        true[key] = (("row", "col"), values, maps[key].attrs)
+    figure = plot_comparison(true, maps)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _serve(out: Path, console: Console) -> None:
+    with serve(out) as url:
+        console.print(f"\nServing {out} at {url}\nCtrl-C ends it.", highlight=False, soft_wrap=True)
+        try:
+            while True:
+                time.sleep(1)
+        except KeyboardInterrupt:
+            console.print("ended")
