@@ -25,9 +25,6 @@ INTERVAL_SECONDS = 0.2
 DRAWING_SHARE = 0.2
 """Largest part of the time that drawing may take: it holds the interpreter lock."""
 
-_ALWAYS_SHOWN = ("counts", "background", "deviance", "flags")
-"""Shown for flagged points too: they say why the point is flagged."""
-
 
 class LiveMaps:
     """Figure with ε, ω, χ and one more map of the derived run that started last.
@@ -215,7 +212,7 @@ class _Run:
         flags = np.asarray(data["flags"], dtype=np.int64)[on_grid]
         for field, image in self.images.items():
             values = np.asarray(data[field], dtype=float)[on_grid]
-            if field not in _ALWAYS_SHOWN:
+            if field not in Estimates.DIAGNOSTICS:
                 values = np.where(flags == 0, values, np.nan)
             image[row, col] = values
         self._flags[row, col] = flags

@@ -15,9 +15,6 @@ from nanobeam_bluesky.presets import ScanMetadata
 
 __all__ = ["to_maps"]
 
-_ALWAYS = ("counts", "background", "deviance", "flags")
-"""Shown for flagged points too: they say why the point is flagged."""
-
 Columns = dict[str, NDArray[Any]]
 
 
@@ -71,7 +68,7 @@ def to_maps(run: Any) -> xr.Dataset:
         maps[key] = (("row", "col"), image, {"units": units.get(name) or ""})
     hide = (maps["flags"] != 0).to_numpy()
     for name in Estimates.UNITS:
-        if name not in _ALWAYS:
+        if name not in Estimates.DIAGNOSTICS:
             maps[name] = maps[name].where(~hide)
     for motor, dim, nominal in zip(grid.scan.motors, ("row", "col"), grid.axes(), strict=True):
         measured = maps[f"{motor}_measured"].to_numpy()

@@ -77,6 +77,9 @@ class Estimates:
     }
     """Unit of every field, in order."""
 
+    DIAGNOSTICS: ClassVar[tuple[str, ...]] = ("counts", "background", "deviance", "flags")
+    """Fields that maps show for flagged points too: they say why a point is flagged."""
+
     def __len__(self) -> int:
         return len(self.flags)
 

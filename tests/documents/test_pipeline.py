@@ -1,0 +1,179 @@
+"""One raw run becomes one derived run; here the executor works at once."""
+
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from nanobeam_bluesky.documents import Processor, RunPipeline, Tally, to_maps
+from nanobeam_bluesky.documents import pipeline as module
+from nanobeam_bluesky.models import Flag
+from nanobeam_bluesky.presets import Preset
+from nanobeam_bluesky.sim import EmbeddedSXDM, SimulatedSXDM, phantom, sxdm_fly
+
+
+class Inline:
+    """An executor in the same thread."""
+
+    def __init__(self):
+        self.processor = Processor()
+        self.tasks = []
+
+    def open(self, pipeline, geometry, choice):
+        pipeline.opened(self.processor.open(pipeline.key, geometry, choice))
+
+    def submit(self, pipeline, task):
+        self.tasks.append(task)
+        pipeline.processed(self.processor.process(task))
+
+    def close(self, pipeline):
+        self.processor.close(pipeline.key)
+
+
+def analyse(documents, *, executor=None, seconds=20):
+    """Put a recorded run through; returns the derived documents and the tally."""
+    derived, tally = [], Tally()
+    pipeline = RunPipeline(
+        documents[0][1],
+        Preset.load("default"),
+        executor or Inline(),
+        lambda name, doc: derived.append((name, doc)),
+        tally=tally,
+    )
+    for name, doc in documents[1:]:
+        pipeline.document(name, doc)
+        pipeline.poll()
+    end = time.monotonic() + seconds
+    while not pipeline.closed and time.monotonic() < end:
+        time.sleep(0.02)
+        pipeline.poll()
+    assert pipeline.closed
+    return derived, tally
+
+
+@pytest.fixture
+def record(RE, geometry, tmp_path):
+    """Fly, and keep the documents."""
+
+    def fly(shape=(4, 6), dialect=SimulatedSXDM, **options):
+        documents = []
+        sxdm = dialect(phantom("unique", shape), geometry, tmp_path, counts=20_000)
+        RE(sxdm_fly(sxdm, **options), lambda name, doc: documents.append((name, doc)))
+        return documents
+
+    return fly
+
+
+def pages(derived):
+    return [doc for name, doc in derived if name == "event_page"]
+
+
+def test_embedded_frames_beyond_the_limit_go_to_disk_and_change_nothing(record, monkeypatch):
+    documents = record(dialect=EmbeddedSXDM)
+    plain, _ = analyse(documents)
+    monkeypatch.setattr(module, "SPOOL_BYTES", 40_000)
+    executor = Inline()
+    spooled, _ = analyse(documents, executor=executor)
+    stored = [b.stored for task in executor.tasks for b in task.frames if b.stored]
+    assert stored
+    assert not any(Path(s.path).exists() for s in stored)
+    for field in ("strain", "counts"):
+        np.testing.assert_array_equal(to_maps(plain)[field], to_maps(spooled)[field])
+
+
+def test_pages_hold_a_bounded_number_of_points_in_order(record, monkeypatch):
+    monkeypatch.setattr(module, "PAGE_POINTS", 10)
+    monkeypatch.setattr(module, "PAGE_SECONDS", 1e9)
+    derived, tally = analyse(record())
+    numbers = [doc["seq_num"] for doc in pages(derived)]
+    assert max(map(len, numbers)) <= 10
+    assert [n for page in numbers for n in page] == list(range(1, 25))
+    assert (tally.points_seen, tally.points_analysed, tally.points_flagged) == (24, 24, 0)
+
+
+def test_an_older_frame_of_a_point_never_replaces_a_newer_one(record, tmp_path, monkeypatch):
+    """The first announcement of points 1 to 6 is not readable before the second is done."""
+    monkeypatch.setattr(module, "PAGE_SECONDS", 0.0)
+    documents = record(snake=False)
+    images = next(
+        d for n, d in documents if n == "stream_resource" and d["data_key"] == "sxdm_image"
+    )
+    datum = next(
+        d for n, d in documents if n == "stream_datum" and d["stream_resource"] == images["uid"]
+    )
+    first = [(n, d) for n, d in documents if d is not datum]
+    early = images | {"uid": "early", "uri": f"file://localhost{tmp_path}/early.h5"}
+    at = first.index(("stream_resource", images)) + 1
+    first[at:at] = [
+        ("stream_resource", early),
+        ("stream_datum", datum | {"stream_resource": "early"}),
+        ("stream_datum", datum),
+    ]
+    # the early file appears while the run is still open, with frames of nothing
+    executor = Inline()
+    submit = executor.submit
+
+    def appear(pipeline, task):
+        submit(pipeline, task)
+        if len(executor.tasks) == 3:
+            with h5py.File(tmp_path / "early.h5", "w") as file:
+                file["entry/data/data"] = np.zeros((24, 160, 144), np.uint16)
+
+    executor.submit = appear
+    derived, _ = analyse(first, executor=executor)
+    reference, _ = analyse(documents)
+    np.testing.assert_array_equal(to_maps(derived)["counts"], to_maps(reference)["counts"])
+
+
+def test_points_that_only_the_stop_document_knows_of_make_the_run_fail(record):
+    documents = record()
+    name, stop = documents[-1]
+    documents[-1] = (name, stop | {"num_events": {"primary": 30, "baseline": 2}})
+    derived, _ = analyse(documents)
+    assert derived[-1][1]["exit_status"] == "fail"
+    assert "6 of 30 announced points" in derived[-1][1]["reason"]
+
+
+def test_a_geometry_that_comes_with_the_baseline_is_waited_for(record):
+    documents = record()
+    assert "energy_keV" not in documents[0][1]["nanobeam"]
+    derived, _ = analyse(documents)
+    assert derived[0][1]["nanobeam"]["geometry"]["wavelength_angstrom"] == pytest.approx(
+        1.0972, rel=1e-4
+    )
+
+
+def test_a_geometry_without_its_baseline_fails_at_the_first_frame(record):
+    documents = record()
+    baseline = {d["uid"] for n, d in documents if n == "descriptor" and d["name"] == "baseline"}
+    cut = [
+        (n, d)
+        for n, d in documents
+        if d.get("uid") not in baseline and d.get("descriptor") not in baseline
+    ]
+    derived, _ = analyse(cut)
+    assert [name for name, _ in derived] == ["start", "stop"]
+    assert "energy_keV" in derived[-1][1]["reason"]
+
+
+def test_motors_named_like_a_result_are_refused(record):
+    documents = record()
+    documents[0] = ("start", documents[0][1] | {"motors": ["sample_y", "omega"]})
+    derived, _ = analyse(documents)
+    assert "'omega' cannot be a key of the derived run" in derived[-1][1]["reason"]
+
+
+def test_a_run_without_frames_closes_empty(record):
+    documents = [d for d in record() if not d[0].startswith("stream_")]
+    documents[-1] = ("stop", documents[-1][1] | {"num_events": {}, "exit_status": "abort"})
+    derived, _ = analyse(documents)
+    assert [name for name, _ in derived] == ["start", "descriptor", "stop"]
+    assert derived[-1][1]["exit_status"] == "abort"
+    assert bool((to_maps(derived)["flags"] == Flag.FRAME_MISSING).all())
+
+
+def test_maps_of_what_is_no_derived_run_are_refused(record):
+    with pytest.raises(ValueError, match="not a derived run"):
+        to_maps(record())
