@@ -120,8 +120,9 @@ class Analyzer:
             )
         if patterns.dtype.kind not in "uifb":
             raise ValueError(f"patterns of type {patterns.dtype}: expected numbers")
-        patterns = patterns.astype(np.float32, copy=False)
-        counts = patterns.sum(axis=(1, 2), dtype=np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is flagged
+            patterns = patterns.astype(np.float32, copy=False)
+            counts = patterns.sum(axis=(1, 2), dtype=np.float64)
         bad = ~np.isfinite(counts) | (patterns.min(axis=(1, 2), initial=0) < 0)
         if bad.any():
             patterns = np.where(bad[:, None, None], np.float32(0), patterns)

@@ -174,6 +174,7 @@ def _state(network: nn.Module) -> Mapping[str, Tensor]:
 
 def _write(path: Path, content: bytes) -> None:
     """Replace a file; never half of one."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(content)
-    os.replace(file.name, path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        part = Path(folder) / path.name
+        part.write_bytes(content)  # readable as the umask says, unlike a temporary file
+        os.replace(part, path)
