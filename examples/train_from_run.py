@@ -1,26 +1,32 @@
 """Train the network of a run's geometry, from its start document, and store it.
 
-    python examples/train_from_run.py [start.json]
+    python examples/train_from_run.py [--start start.json] [--seconds 60]
 
-The same as ``nanobeam train --start start.json``.
+What ``nanobeam train --start start.json`` does, in Python.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from nanobeam_bluesky import Geometry
-from nanobeam_bluesky.training import train_and_store
+from nanobeam_bluesky.models import ModelStore
+from nanobeam_bluesky.training import train
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        start = json.loads(Path(sys.argv[1]).read_text())
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--start", type=Path)
+    parser.add_argument("--seconds", type=float, default=60)
+    options = parser.parse_args()
+    if options.start is not None:
+        start = json.loads(options.start.read_text())
     else:  # a film of another thickness than the shipped network knows
         block = Geometry.published().model_dump(mode="json", exclude_none=True)
         start = {"uid": "example", "nanobeam": block | {"thickness_nm": 20.0}}
 
     geometry = Geometry.from_start(start)
-    card = train_and_store(geometry, seconds=60)
+    network, card = train(geometry, seconds=options.seconds)
+    ModelStore().save(network, card)
     for level in card.accuracy:
         print(f"{level.counts:8.0f} counts: RMSE {level.rmse}, bound {level.bound}")
     print(f"stored for geometry {card.fingerprint}: the next scan finds it")

@@ -111,7 +111,8 @@ def train(
         _stop(str(error), code=2)
 
     from nanobeam_bluesky.models import ModelStore
-    from nanobeam_bluesky.training import Progress, train_and_store
+    from nanobeam_bluesky.training import Progress
+    from nanobeam_bluesky.training import train as train_network
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with ProgressBar(*columns, console=console) as bar:
@@ -121,9 +122,8 @@ def train(
             text = f"training, loss {progress.loss:.2e}"
             bar.update(task, completed=progress.fraction, description=text)
 
-        card = train_and_store(
+        network, card = train_network(
             chosen,
-            store=ModelStore(store),
             sampling=sampling.value,
             counts=counts,
             peak=peak,
@@ -131,6 +131,8 @@ def train(
             seed=seed,
             progress=show,
         )
+    models = ModelStore(store)
+    models.save(network, card)
     table = Table("counts", "", "RMSE", "Cramér-Rao bound", "ratio")
     for level in card.accuracy:
         for name, symbol, unit in (("strain", "ε", ""), ("omega", "ω", "°"), ("chi", "χ", "°")):
@@ -141,7 +143,7 @@ def train(
     took = card.training["seconds"]
     console.print(
         f"{card.architecture} for geometry {card.fingerprint}, trained in {took} s, between grid "
-        f"points; stored in {ModelStore(store).root}",
+        f"points; stored in {models.root}",
         soft_wrap=True,
         highlight=False,
     )

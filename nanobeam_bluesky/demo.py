@@ -104,7 +104,7 @@ def run_demo(
         callback.subscribe(live)
     record = BackgroundSink(raw_writer(client["raw"]), name="raw runs")
 
-    engine = RunEngine({}, during_task=live) if live else RunEngine({})
+    engine = RunEngine({}, during_task=live) if live else RunEngine({})  # type: ignore[arg-type]
     engine.subscribe(record)
     engine.subscribe(watch)
     console.print(
