@@ -191,6 +191,8 @@ def main() -> None:
     """Serve on the standard streams."""
     import torch
 
+    from nanobeam_bluesky.models import Analyzer  # noqa: F401  before the first run needs it
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C pauses the plan, not the analysis
     os.nice(5)  # where cores are few, the scan goes first
     torch.set_num_threads(1)

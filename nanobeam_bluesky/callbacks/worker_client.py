@@ -183,9 +183,9 @@ class WorkerClient:
         if self._process is None:
             self._fail_all()
             return
-        for key, run in self._runs.items():
+        for key, run in list(self._runs.items()):  # opening may end a run
             self._send_open(key, run)
-        for _, task in self._tasks.values():
+        for _, task in list(self._tasks.values()):
             self._send_task(task)
 
     def _fail_all(self) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pint
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from nanobeam_bluesky.geometry import Geometry, GeometryError
@@ -336,14 +335,16 @@ def _in_units(field: str, found: _Found) -> Any:
         return value
     try:
         return float(_registry().Quantity(float(value), found.units).to(target).magnitude)
-    except (pint.PintError, TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError) as error:  # pint's own are among them
         raise GeometryError(
             f"{field}: cannot turn {value!r} {found.units!r} ({found.where}) into {target}: {error}"
         ) from None
 
 
 @cache
-def _registry() -> pint.UnitRegistry[Any]:
+def _registry() -> Any:
+    import pint  # slow to import, and most runs give plain numbers
+
     return pint.UnitRegistry()
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from event_model import unpack_event_page
 
 from nanobeam_bluesky.documents import PointBlock, RunReferences, StoredRows
 from nanobeam_bluesky.geometry import ROI
@@ -76,11 +77,21 @@ def test_a_streamed_scalar_named_as_motor_is_a_position():
     assert references.announced == {"det-sum"}
 
 
+def as_events(documents):
+    """Every event page as single events."""
+    for kind, doc in documents:
+        if kind == "event_page":
+            yield from (("event", event) for event in unpack_event_page(doc))
+        else:
+            yield kind, doc
+
+
+@pytest.mark.parametrize("form", [iter, as_events])
 @pytest.mark.parametrize("name", ["embedded_events", "embedded_pages"])
-def test_embedded_images_come_with_their_point_and_position(name):
+def test_embedded_images_come_with_their_point_and_position(name, form):
     references = RunReferences(("y", "x"))
     images, positions = {}, {}
-    for kind, doc in recording(name):
+    for kind, doc in form(recording(name)):
         for label, block in references.document(kind, doc, ROI(row=1, col=2, height=4, width=3)):
             target = images if label == "frames" else positions
             for point in range(block.first, block.stop):
