@@ -103,10 +103,11 @@ class Analyzer:
         Returns
         -------
         Estimates
-            n points. A pattern with NaN or negative pixels is flagged MISFIT, one with
-            less than `MIN_COUNTS` counts FEW_COUNTS, one outside the estimator's range
-            OUT_OF_RANGE. σ is the network's error at these counts, as measured on
-            patterns that it was not trained on; the correlation fit has none.
+            n points. A pattern with NaN, infinite or negative pixels is flagged MISFIT and
+            has no values, one with less than `MIN_COUNTS` counts FEW_COUNTS, one outside
+            the network's range OUT_OF_RANGE (the correlation fit never leaves its library).
+            σ is the network's error at these counts, as measured on patterns that it was
+            not trained on; the correlation fit has none.
 
         Raises
         ------
@@ -114,10 +115,9 @@ class Analyzer:
             If the array does not have this shape, or does not hold numbers.
         """
         patterns = np.asarray(patterns)
-        if patterns.ndim != 3 or patterns.shape[1:] != self.geometry.pattern_shape:
-            raise ValueError(
-                f"patterns of shape {patterns.shape}: expected (n, *{self.geometry.pattern_shape})"
-            )
+        ny, nx = self.geometry.pattern_shape
+        if patterns.ndim != 3 or patterns.shape[1:] != (ny, nx):
+            raise ValueError(f"patterns of shape {patterns.shape}: expected (n, {ny}, {nx})")
         if patterns.dtype.kind not in "uifb":
             raise ValueError(f"patterns of type {patterns.dtype}: expected numbers")
         with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is flagged
@@ -128,9 +128,10 @@ class Analyzer:
             patterns = np.where(bad[:, None, None], np.float32(0), patterns)
         few = ~bad & (counts < MIN_COUNTS)
         estimates = self._correlate(patterns) if self._network is None else self._infer(patterns)
-        flags = np.where(bad, int(Flag.MISFIT), 0) | np.where(few, int(Flag.FEW_COUNTS), 0)
-        flags |= np.where(self._outside(estimates) & ~bad & ~few, int(Flag.OUT_OF_RANGE), 0)
+        flags = np.where(few, int(Flag.FEW_COUNTS), 0)
+        flags |= np.where(self._outside(estimates) & ~few, int(Flag.OUT_OF_RANGE), 0)
         estimates = replace(estimates, counts=counts, flags=flags.astype(np.int64))
+        estimates = estimates.put(bad, Estimates.empty(int(bad.sum()), Flag.MISFIT))
         return self._with_sigma(estimates) if self.card is not None else estimates
 
     def _correlate(self, patterns: NDArray[np.float32]) -> Estimates:

@@ -162,8 +162,13 @@ class ModelStore:
                 )
             network = ARCHITECTURES[card.architecture](geometry.pattern_shape)
             network.load_state_dict(load(content))
-        except (OSError, SafetensorError, RuntimeError) as error:
+        except (OSError, SafetensorError) as error:
             raise ModelRefusedError(f"{weights}: {error}") from None
+        except (RuntimeError, ValueError) as error:
+            raise ModelRefusedError(
+                f"{weights}: not weights of {card.architecture} for patterns of "
+                f"{geometry.pattern_shape} pixels: {error}"
+            ) from None
         return network.eval(), card
 
 

@@ -35,6 +35,7 @@ _MARGIN = 1.1  # trained beyond the ranges, so that what lies outside is seen to
 _WEIGHTS = (1.0, 4.0, 4.0)  # of the errors relative to the ranges: tilts are found more sharply
 _CEILING = 4e4  # counts from which more of them do not help the network
 _RATES = {"SeparableNet": 8e-3, "NanobeamNN": 2e-3}  # learning rates at their largest
+_STEPS = 6000
 _BATCH = 128
 _WARM_UP = 0.1  # of the training
 _MEMORY = 0.99  # of the running mean of the weights
@@ -55,6 +56,22 @@ class Progress:
     """Of the held-out patterns: mean squared error relative to the ranges."""
 
 
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Leave the second core to the noise.
+
+    Two torch threads wait for each other in every product: on two busy cores a step took
+    100 ms instead of 5.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_torch_thread()
 def train(
     geometry: Geometry,
     *,
@@ -64,8 +81,8 @@ def train(
     counts: float | tuple[float, float] = COUNTS,
     peak: float | None = None,
     background: float = 0.0,
-    steps: int = 6000,
-    seconds: float = math.inf,
+    steps: int | None = None,
+    seconds: float | None = None,
     pool: int = 32768,
     seed: int = 0,
     device: str = "cpu",
@@ -91,8 +108,10 @@ def train(
     background
         Largest uniform background, as a part of the pattern's mean, e.g. 0.05.
     steps, seconds
-        Length of the training; what is reached first ends it. The learning rate follows a
-        warm-up and a cosine over it. The same steps give the same network.
+        Length of the training (6000 steps if neither is given; what is reached first if
+        both are). The learning rate follows a warm-up and a cosine over it. It ends early
+        when the held-out patterns gain nothing any more. Only with `steps` alone does the
+        same seed give the same network.
     pool
         Number of simulated patterns; Poisson noise is drawn anew whenever one is used.
     seed
@@ -109,8 +128,17 @@ def train(
         held-out patterns.
     card : Card
         With the accuracy at levels within `counts`, or at `peak`.
+
+    Raises
+    ------
+    ValueError
+        If the architecture is unknown, or takes no patterns as small as these.
     """
     started = time.perf_counter()
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture = {architecture!r}: known are {', '.join(ARCHITECTURES)}")
+    if steps is None and seconds is None:
+        steps = _STEPS
     limits = RANGES | (ranges or {})
     beyond = {name: _MARGIN * limit for name, limit in limits.items()}
     rng = np.random.default_rng([seed, 0])
@@ -157,7 +185,7 @@ def train(
 
     best, best_state, stale, step, validations = math.inf, averaged.state_dict(), 0, 0, 0
     fraction = 0.0
-    with _one_torch_thread(), ThreadPoolExecutor(1) as noise:
+    with ThreadPoolExecutor(1) as noise:
 
         def prepare() -> Future[tuple[Tensor, Tensor, Tensor]]:
             return noise.submit(lambda: batch(rng.integers(pool, size=_BATCH)))
@@ -174,7 +202,7 @@ def train(
             step += 1
             _follow(averaged, network, 1 - min(_MEMORY, step / (step + 10)))
             elapsed = time.perf_counter() - started
-            fraction = min(1.0, max(step / steps, elapsed / seconds))
+            fraction = min(1.0, max(step / (steps or math.inf), elapsed / (seconds or math.inf)))
             if fraction * _VALIDATIONS < validations + 1:
                 continue
             validations = int(fraction * _VALIDATIONS)
@@ -211,21 +239,6 @@ def train(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     return averaged, card
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Leave the second core to the noise.
-
-    Two torch threads wait for each other in every product: on two busy cores a step took
-    100 ms instead of 5.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @torch.no_grad()

@@ -1,0 +1,64 @@
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from nanobeam_bluesky.models.networks import ARCHITECTURES, NanobeamNN, SeparableNet
+
+
+def test_published_network_has_the_published_parameters_in_order():
+    shapes = [tuple(p.shape) for p in NanobeamNN((64, 64)).parameters()]
+    channels = [1, 2, 4, 8, 16, 32, 64]
+    expected = []
+    for inputs, outputs in pairwise(channels):
+        expected += [(outputs, inputs, 3, 3), (outputs,)]
+    assert shapes == [*expected, (3, 1024), (3,)]
+    assert sum(np.prod(shape) for shape in shapes) == 27_771
+
+
+def test_published_network_returns_physical_units():
+    network = NanobeamNN((64, 64))
+    with torch.no_grad():
+        network.fc1.weight.zero_()
+        network.fc1.bias.fill_(1)  # labels: strain × 100, ω × 10, χ × 5
+        found = network(torch.ones(1, 1, 64, 64))
+    np.testing.assert_allclose(found.numpy(), [[0.01, 0.1, 0.2]], rtol=1e-6)
+
+
+def test_published_network_refuses_patterns_that_it_would_pool_to_nothing():
+    with pytest.raises(ValueError, match=r"\(36, 35\).*36×36.*SeparableNet"):
+        NanobeamNN((36, 35))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("shape", [(64, 64), (36, 80)])
+def test_every_network_takes_rectangular_patterns(name, shape):
+    network = ARCHITECTURES[name](shape)
+    assert network(torch.ones(2, 1, *shape)).shape == (2, 3)
+
+
+def test_default_network_takes_the_smallest_pattern_and_an_empty_one():
+    network = SeparableNet((8, 8))
+    network.fit_features(torch.rand(50, 8, 8), torch.ones(3))
+    assert torch.isfinite(network(torch.zeros(1, 1, 8, 8))).all()
+
+
+def test_default_network_does_not_depend_on_the_intensity(geometry, simulate):
+    _, counts = simulate(20)
+    network = SeparableNet(geometry.pattern_shape)
+    network.fit_features(torch.from_numpy(counts), torch.ones(3))
+    x = torch.from_numpy(counts)[:, None]
+    with torch.inference_mode():
+        np.testing.assert_allclose(network(37 * x).numpy(), network(x).numpy(), atol=1e-4)
+
+
+def test_features_keep_what_patterns_differ_in(geometry, simulate):
+    """24×24 numbers of a pattern restore it to 2 % of its variation."""
+    _, counts = simulate(400, scale=1e6)
+    network = SeparableNet(geometry.pattern_shape)
+    network.fit_features(torch.from_numpy(counts), torch.ones(3))
+    y = np.sqrt(counts / counts.mean((1, 2), keepdims=True) + 1)
+    y = torch.from_numpy(y - y.mean(0))
+    kept = network.rows.T @ (network.rows @ y @ network.columns) @ network.columns.T
+    assert (y - kept).square().mean() < 0.02 * y.square().mean()

@@ -1,0 +1,120 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from nanobeam_bluesky.geometry import Geometry
+from nanobeam_bluesky.models import ModelNotFoundError, ModelRefusedError, ModelStore, SeparableNet
+
+
+@pytest.fixture
+def store(tmp_path, network, card):
+    store = ModelStore(tmp_path)
+    store.save(network, card)
+    return store
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_stored_network_gives_the_same_answers(store, network, geometry, simulate):
+    _, counts = simulate(4)
+    loaded, card = store.load(geometry)
+    x = torch.from_numpy(counts)[:, None]
+    with torch.inference_mode():
+        np.testing.assert_array_equal(loaded(x).numpy(), network(x).numpy())
+    assert not loaded.training
+    assert card.geometry == geometry
+
+
+def test_network_is_found_where_only_the_place_of_the_roi_differs(store, geometry):
+    moved = geometry.model_copy(update={"bragg_center_px": (260.0, 250.0)})
+    assert store.load(moved)[1].fingerprint == geometry.fingerprint()
+
+
+def test_missing_network_says_where_it_looked_and_what_to_do(tmp_path, geometry):
+    with pytest.raises(ModelNotFoundError, match=rf"{tmp_path}.*nanobeam train"):
+        ModelStore(tmp_path).load(geometry)
+
+
+def test_truncated_weights_are_refused(store, geometry):
+    path = store.root / f"{geometry.fingerprint()}.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ModelRefusedError, match="altered or truncated"):
+        store.load(geometry)
+
+
+def test_altered_weights_are_refused(store, geometry):
+    path = store.root / f"{geometry.fingerprint()}.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ModelRefusedError, match="altered or truncated"):
+        store.load(geometry)
+
+
+def test_missing_weights_are_refused(store, geometry):
+    (store.root / f"{geometry.fingerprint()}.safetensors").unlink()
+    with pytest.raises(ModelRefusedError, match="safetensors"):
+        store.load(geometry)
+
+
+def test_network_of_another_geometry_is_refused(store, geometry):
+    other = geometry.model_copy(update={"thickness_nm": 20.0})
+    for suffix in (".json", ".safetensors"):
+        path = store.root / f"{geometry.fingerprint()}{suffix}"
+        path.rename(store.root / f"{other.fingerprint()}{suffix}")
+    with pytest.raises(ModelRefusedError, match=f"describes geometry {geometry.fingerprint()}"):
+        store.load(other)
+
+
+def test_unknown_architecture_is_refused(store, geometry):
+    edit(store.root / f"{geometry.fingerprint()}.json", architecture="Transformer")
+    with pytest.raises(ModelRefusedError, match=r"'Transformer'.*SeparableNet"):
+        store.load(geometry)
+
+
+def test_weights_of_another_architecture_are_refused(store, geometry):
+    smaller = geometry.model_copy(update={"roi_shape": (64, 64)})
+    card = store.load(geometry)[1]
+    store.save(
+        SeparableNet(geometry.pattern_shape),
+        card.model_copy(update={"geometry": smaller, "fingerprint": smaller.fingerprint()}),
+    )
+    with pytest.raises(
+        ModelRefusedError, match=r"not weights of SeparableNet for patterns of \(16, 16\)"
+    ):
+        store.load(smaller)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1, 2]", '{"geometry": 1}'])
+def test_damaged_card_is_refused(store, geometry, content):
+    (store.root / f"{geometry.fingerprint()}.json").write_text(content)
+    with pytest.raises(ModelRefusedError, match="not a model card"):
+        store.load(geometry)
+
+
+def test_saving_again_replaces_and_leaves_nothing_behind(store, geometry, card):
+    torch.manual_seed(1)
+    saved = store.save(SeparableNet(geometry.pattern_shape), card)
+    assert store.load(geometry)[1].sha256 == saved.sha256
+    assert len(list(store.root.iterdir())) == 2
+
+
+def test_users_network_comes_before_the_shipped_one(tmp_path, card):
+    published = Geometry.published()
+    store = ModelStore(tmp_path)
+    assert store.load(published)[1].created != card.created
+    mine = card.model_copy(update={"geometry": published, "fingerprint": published.fingerprint()})
+    store.save(SeparableNet((64, 64)), mine)
+    assert store.load(published)[1].created == card.created
+    assert [c.created for c in store.cards() if c.fingerprint == mine.fingerprint] == [card.created]
+    store.remove(mine.fingerprint)
+    assert store.load(published)[1].created != card.created
+
+
+def test_home_folder_comes_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOBEAM_HOME", str(tmp_path))
+    assert ModelStore().root == tmp_path / "models"

@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+import torch
+
+from nanobeam_bluesky.geometry import Geometry
+from nanobeam_bluesky.models import Analyzer, ModelStore
+from nanobeam_bluesky.training import evaluate, train
+
+QUICK = {"steps": 40, "pool": 512}
+
+
+def test_network_beats_the_correlation_fit_in_seconds(geometry):
+    network, card = train(geometry, counts=(1e3, 1e5), steps=500, pool=4096)
+    conventional = Analyzer.for_geometry(geometry, method="correlation")
+    trained, fitted = (
+        evaluate(estimator, geometry, counts=6000, n=1000, seed=1).rmse
+        for estimator in (network, conventional)
+    )
+    for name in ("strain", "omega", "chi"):
+        assert trained[name] < 0.3 * fitted[name], name
+    assert not network.training
+    assert [round(a.counts) for a in card.accuracy] == [1000, 3162, 10000, 31620, 100000]
+    assert card.accuracy[-1].rmse["chi"] < card.accuracy[0].rmse["chi"]
+
+
+def test_trained_network_is_stored_and_found(geometry, tmp_path):
+    network, card = train(geometry, **QUICK)
+    store = ModelStore(tmp_path)
+    store.save(network, card)
+    patterns = torch.rand(3, *geometry.pattern_shape) * 20
+    analyzer = Analyzer.for_geometry(geometry, store=store, device="cpu")
+    with torch.inference_mode():
+        expected = network(patterns[:, None]).numpy()
+    estimates = analyzer.process(patterns.numpy())
+    np.testing.assert_allclose(estimates.chi, expected[:, 2], rtol=1e-4, atol=1e-6)
+    assert analyzer.card.training["steps"] == QUICK["steps"]
+
+
+def test_same_seed_gives_the_same_network(geometry):
+    first, second, other = (train(geometry, seed=seed, **QUICK)[0] for seed in (1, 1, 2))
+    x = torch.rand(1, 1, *geometry.pattern_shape)
+    assert torch.equal(first(x), second(x))
+    assert not torch.equal(first(x), other(x))
+
+
+def test_time_ends_the_training(geometry):
+    seen = []
+    _, card = train(geometry, seconds=2, pool=512, progress=seen.append)
+    assert seen[-1].fraction == 1
+    assert 2 <= seen[-1].seconds < 6
+    assert [p.fraction for p in seen] == sorted(p.fraction for p in seen)
+    assert card.training["steps"] > 0
+
+
+def test_other_architecture_ranges_and_peak():
+    network, card = train(
+        Geometry.published(),
+        sampling="published",
+        architecture="NanobeamNN",
+        ranges={"chi": 0.05},
+        peak=7,
+        **QUICK,
+    )
+    assert type(network).__name__ == card.architecture == "NanobeamNN"
+    assert card.ranges == {"strain": 0.005, "omega": 0.05, "chi": 0.05}
+    assert len(card.accuracy) == 1
+
+
+def test_torch_threads_are_given_back(geometry):
+    before = torch.get_num_threads()
+    train(geometry, **QUICK)
+    assert torch.get_num_threads() == before
+
+
+def test_unknown_architecture_is_refused(geometry):
+    with pytest.raises(ValueError, match=r"'ResNet'.*SeparableNet"):
+        train(geometry, architecture="ResNet")
