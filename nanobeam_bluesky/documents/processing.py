@@ -33,19 +33,27 @@ class AnalyzerChoice:
     device: str = "auto"
     """Torch device, e.g. "cpu"."""
 
-    def build(self, geometry: Geometry) -> Analyzer:
-        """Load or make the analyzer; `ModelNotFoundError` if there is none to be had."""
-        from nanobeam_bluesky.models import Analyzer, ModelNotFoundError  # with torch
+    def build(self, geometry: Geometry) -> tuple[Analyzer, dict[str, Any]]:
+        """Load or make the analyzer; return it with its settings.
 
-        if self.method != "auto":
-            return Analyzer.for_geometry(geometry, method=self.method, device=self.device)
+        Raises
+        ------
+        ModelNotFoundError, ModelRefusedError
+            If a network is asked for and there is none, or not a sound one.
+        """
+        from nanobeam_bluesky.models import Analyzer, ModelNotFoundError, ModelRefusedError
+
+        method = "network" if self.method == "auto" else self.method
         try:
-            return Analyzer.for_geometry(geometry, method="network", device=self.device)
-        except ModelNotFoundError as error:
-            if self.on_missing_model != "fit":
+            analyzer = Analyzer.for_geometry(geometry, method=method, device=self.device)
+        except (ModelNotFoundError, ModelRefusedError) as error:
+            if self.method != "auto" or self.on_missing_model != "fit":
                 raise
             logger.warning("%s; falling back to the correlation fit", error)
-            return Analyzer.for_geometry(geometry, method="correlation", device=self.device)
+            analyzer = Analyzer.for_geometry(geometry, method="correlation", device=self.device)
+            found = "none" if isinstance(error, ModelNotFoundError) else "refused"
+            return analyzer, analyzer.settings | {"network": found}
+        return analyzer, analyzer.settings
 
 
 @dataclass(frozen=True)
@@ -101,16 +109,16 @@ class Processor:
 
     def __init__(self) -> None:
         self._runs: dict[str, tuple[Analyzer, FrameReader]] = {}
-        self._analyzers: dict[tuple[Geometry, AnalyzerChoice], Analyzer] = {}
+        self._analyzers: dict[tuple[Geometry, AnalyzerChoice], tuple[Analyzer, dict[str, Any]]] = {}
 
     def open(self, run: str, geometry: Geometry, choice: AnalyzerChoice) -> dict[str, Any]:
         """Prepare for a run; return the analyzer's settings."""
         key = (geometry, choice)
         if key not in self._analyzers:
             self._analyzers[key] = choice.build(geometry)
-        analyzer = self._analyzers[key]
+        analyzer, settings = self._analyzers[key]
         self._runs[run] = (analyzer, FrameReader(geometry))
-        return analyzer.settings
+        return settings
 
     def close(self, run: str) -> None:
         """Close the run's files."""

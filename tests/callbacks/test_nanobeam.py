@@ -466,3 +466,23 @@ def test_a_sink_that_fails_is_counted_and_disturbs_no_other(engine, callback):
     assert run[-1][1]["exit_status"] == "success"
     assert callback.health.errors >= 1
     callback.unsubscribe(token)
+
+
+@pytest.mark.parametrize(
+    ("policy", "status", "method"),
+    [("fit", "success", "correlation"), ("skip", "fail", None)],
+)
+def test_without_a_network_the_policy_decides(RE, geometry, tmp_path, policy, status, method):
+    callback = NanobeamCallback(on_missing_model=policy)
+    documents = []
+    callback.subscribe(lambda name, doc: documents.append((name, doc)))
+    untrained = geometry.model_copy(update={"thickness_nm": 14.0})
+    RE(sxdm_fly(SimulatedSXDM(phantom("figure3", (2, 3)), untrained, tmp_path)), callback)
+    assert callback.wait(60)
+    callback.close()
+    assert documents[-1][1]["exit_status"] == status
+    if method:
+        analyzer = documents[0][1]["nanobeam"]["analyzer"]
+        assert (analyzer["method"], analyzer["network"]) == (method, "none")
+    else:
+        assert "nanobeam train" in documents[-1][1]["reason"]
