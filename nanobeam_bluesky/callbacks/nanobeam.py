@@ -18,7 +18,7 @@ from nanobeam_bluesky.callbacks.worker_client import WorkerClient
 from nanobeam_bluesky.documents.pipeline import RunPipeline, Tally
 from nanobeam_bluesky.documents.processing import AnalyzerChoice
 from nanobeam_bluesky.geometry import ROI
-from nanobeam_bluesky.presets import Preset
+from nanobeam_bluesky.presets import Preset, unit_registry
 
 __all__ = ["Health", "NanobeamCallback"]
 
@@ -212,6 +212,7 @@ class NanobeamCallback:
     # -------------------------------------------------------- the thread's own
 
     def _work(self) -> None:
+        unit_registry()  # now, not while a scan waits for the interpreter lock
         while not self._closing.is_set():
             with contextlib.suppress(queue.Empty):
                 self._take(self._queue.get(timeout=0.05 if self._runs else None))

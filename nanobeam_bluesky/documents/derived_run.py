@@ -75,7 +75,7 @@ class DerivedRun:
         self.uid = str(uuid.uuid5(_NAMESPACE, f"{self.analysis_id}/{self.attempt}"))
         self._descriptor = str(uuid.uuid5(_NAMESPACE, f"{self.uid}/primary"))
         self._seen = bytearray(grid.num_points + 1)
-        self._pages = 0
+        self._checked = False
         self.num_events = 0
         """Distinct points so far."""
 
@@ -139,8 +139,8 @@ class DerivedRun:
     ) -> Document:
         """Return the event page of points (n,), in the order given.
 
-        The first page of a run is validated; event-model takes 35 times longer to
-        validate a page than to accept it.
+        The first points of a run are validated: event-model takes 0.1 ms a point for it,
+        35 times what composing one takes.
         """
         n = len(points)
         row, col = self.grid.row_col(points)
@@ -157,8 +157,10 @@ class DerivedRun:
             "timestamps": dict.fromkeys(data, now),
             "filled": {},
         }
-        self._pages += 1
-        return "event_page", _validated("event_page", page) if self._pages == 1 else page
+        if not self._checked:
+            _validated("event_page", _first_points(page))
+            self._checked = True
+        return "event_page", page
 
     def close(self, exit_status: str, reason: str) -> Document:
         """Return the stop document."""
@@ -254,6 +256,17 @@ def _config_key(value: Any) -> dict[str, Any]:
     if isinstance(value, int):
         return {"source": _SOURCE, "dtype": "integer", "shape": [], "dtype_numpy": "<i8"}
     return {"source": _SOURCE, "dtype": "number", "shape": [], "dtype_numpy": "<f8"}
+
+
+def _first_points(page: Mapping[str, Any], n: int = 4) -> dict[str, Any]:
+    """Return the same page with no more than n points."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: cut(v) for k, v in value.items()}
+        return value[:n] if isinstance(value, list) else value
+
+    return {key: cut(value) for key, value in page.items()}
 
 
 def _validated(name: str, doc: dict[str, Any]) -> dict[str, Any]:

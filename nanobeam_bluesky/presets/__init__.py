@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from nanobeam_bluesky.geometry import Geometry, GeometryError
 
-__all__ = ["MissingMetadataError", "Preset", "ScanMetadata"]
+__all__ = ["MissingMetadataError", "Preset", "ScanMetadata", "unit_registry"]
 
 _SCOPES = ("start", "baseline", "config")
 _UNITS = {
@@ -331,10 +331,10 @@ def _in_units(field: str, found: _Found) -> Any:
         found.value.tolist() if isinstance(found.value, np.ndarray | np.generic) else found.value
     )
     target = _UNITS.get(field.rpartition("_")[2])
-    if found.units is None or target is None:
+    if target is None or found.units in (None, target):
         return value
     try:
-        return float(_registry().Quantity(float(value), found.units).to(target).magnitude)
+        return float(unit_registry().Quantity(float(value), found.units).to(target).magnitude)
     except (TypeError, ValueError, AttributeError) as error:  # pint's own are among them
         raise GeometryError(
             f"{field}: cannot turn {value!r} {found.units!r} ({found.where}) into {target}: {error}"
@@ -342,8 +342,9 @@ def _in_units(field: str, found: _Found) -> Any:
 
 
 @cache
-def _registry() -> Any:
-    import pint  # slow to import, and most runs give plain numbers
+def unit_registry() -> Any:
+    """Return pint's registry; making it takes most of a second."""
+    import pint
 
     return pint.UnitRegistry()
 
