@@ -102,7 +102,7 @@ def random_parameters(
 def _apply(network: nn.Module, patterns: NDArray[np.float32]) -> NDArray[np.float64]:
     """Estimates (n, 3) of a network on the CPU for counts (n, ny, nx)."""
     with torch.inference_mode():
-        parts = [network(part[:, None]) for part in torch.from_numpy(patterns).split(256)]
+        parts = [network(part[:, None]) for part in torch.from_numpy(patterns).split(64)]
     return torch.cat(parts).double().numpy()
 
 

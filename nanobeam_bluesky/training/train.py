@@ -31,17 +31,23 @@ __all__ = ["Progress", "train"]
 COUNTS = (300.0, 1e5)
 """Mean counts of a pattern, from a weak film at a fast dwell to a bright one."""
 
-_MARGIN = 1.1  # trained beyond the ranges, so that what lies outside is seen to lie outside
-_WEIGHTS = (1.0, 4.0, 4.0)  # of the errors relative to the ranges: tilts are found more sharply
-_CEILING = 4e4  # counts from which more of them do not help the network
-_RATES = {"SeparableNet": 8e-3, "NanobeamNN": 2e-3}  # learning rates at their largest
 _STEPS = 6000
 _BATCH = 128
+_RATES = {"SeparableNet": 8e-3, "NanobeamNN": 2e-3}  # learning rates at their largest
 _WARM_UP = 0.1  # of the training
 _MEMORY = 0.99  # of the running mean of the weights
+_WEIGHTS = (1.0, 4.0, 4.0)  # of the errors relative to the ranges: tilts are found more sharply
+_CEILING = 4e4  # counts from which more of them hardly help the network
+
+_MARGIN = 1.1  # trained beyond the ranges, so that what lies outside is seen to lie outside
+_POOL = 8192  # simulated patterns, of 64×64 pixels or less
+_FRESH = 16  # of them simulated anew at every step: 0.6 ms
 _HELD_OUT = 2048
 _VALIDATIONS = 20
 _PATIENCE = 6  # validations without progress before training stops
+
+Batch = tuple[Tensor, Tensor, Tensor]
+"""Counts (n, 1, ny, nx), strain, ω (deg) and χ (deg) (n, 3), weights (n, 1)."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Progress:
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """Leave the second core to the noise.
+    """Leave the second core to simulation and noise.
 
     Two torch threads wait for each other in every product: on two busy cores a step took
     100 ms instead of 5.
@@ -83,7 +89,6 @@ def train(
     background: float = 0.0,
     steps: int | None = None,
     seconds: float | None = None,
-    pool: int = 32768,
     seed: int = 0,
     device: str = "cpu",
     progress: Callable[[Progress], object] | None = None,
@@ -112,8 +117,6 @@ def train(
         both are). The learning rate follows a warm-up and a cosine over it. It ends early
         when the held-out patterns gain nothing any more. Only with `steps` alone does the
         same seed give the same network.
-    pool
-        Number of simulated patterns; Poisson noise is drawn anew whenever one is used.
     seed
         Of parameters, noise and initial weights.
     device
@@ -132,7 +135,8 @@ def train(
     Raises
     ------
     ValueError
-        If the architecture is unknown, or takes no patterns as small as these.
+        If the architecture is unknown or takes no patterns as small as these, or if the
+        beam misses the ROI.
     """
     started = time.perf_counter()
     if architecture not in ARCHITECTURES:
@@ -140,105 +144,165 @@ def train(
     if steps is None and seconds is None:
         steps = _STEPS
     limits = RANGES | (ranges or {})
-    beyond = {name: _MARGIN * limit for name, limit in limits.items()}
-    rng = np.random.default_rng([seed, 0])
-    truth = random_parameters(rng, pool + _HELD_OUT, beyond)
-    strain, omega, chi = truth.T
-    patterns = forward(strain, omega, chi, geometry, sampling=sampling).clip(0)
-    unit = float(patterns.sum(axis=(1, 2)).mean())
-    if peak is not None:
-        counts = peak * unit
-    low, high = counts if isinstance(counts, tuple) else (counts, counts)
-
-    def batch(which: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
-        """Counts (n, 1, ny, nx) with fresh noise, labels (n, 3) and weights (n, 1)."""
-        level = np.exp(rng.uniform(math.log(low), math.log(high), len(which)))
-        floor = rng.uniform(0, background, len(which)) * level / patterns[0].size
-        noisy = poisson(
-            patterns,
-            which,
-            (level / unit).astype(np.float32),
-            floor.astype(np.float32),
-            int(rng.integers(2**62)),
-        )
-        # errors fall as 1/√counts: every level has the same say
-        weight = 1 / (low / level + low / _CEILING)
-        columns = (noisy[:, None], truth[which], weight[:, None])
-        counts_, labels, weights = (torch.from_numpy(c.astype(np.float32)) for c in columns)
-        return counts_.to(device), labels.to(device), weights.to(device)
-
-    def loss(network: nn.Module, data: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        found: Tensor = network(data[0])
-        return ((found - data[1]).mul(per_span).square() * data[2]).mean()
-
     torch.manual_seed(seed)
-    span = torch.tensor([limits[name] for name in PARAMETERS], dtype=torch.float32)
-    per_span = (torch.tensor(_WEIGHTS) / span).to(device)
     network = ARCHITECTURES[architecture](geometry.pattern_shape)
+    patterns = _Patterns(geometry, sampling, limits, counts, peak, background, seed)
     if isinstance(network, SeparableNet):
-        network.fit_features(torch.from_numpy(patterns[:8192]), span)
-    network = network.to(device)
-    averaged = copy.deepcopy(network).eval()
-    rate = _RATES[architecture]
-    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=1e-4)
-    held_out = batch(np.arange(pool, pool + _HELD_OUT))
+        span = torch.tensor([limits[name] for name in PARAMETERS])
+        network.fit_features(torch.from_numpy(patterns.pool), span)
 
-    best, best_state, stale, step, validations = math.inf, averaged.state_dict(), 0, 0, 0
-    fraction = 0.0
-    with ThreadPoolExecutor(1) as noise:
+    def done(step: int) -> tuple[float, float]:
+        elapsed = time.perf_counter() - started
+        return max(step / (steps or math.inf), elapsed / (seconds or math.inf)), elapsed
 
-        def prepare() -> Future[tuple[Tensor, Tensor, Tensor]]:
-            return noise.submit(lambda: batch(rng.integers(pool, size=_BATCH)))
-
-        upcoming = deque([prepare(), prepare()])
-        while fraction < 1 and stale < _PATIENCE:
-            for group in optimizer.param_groups:
-                group["lr"] = rate * _schedule(fraction)
-            upcoming.append(prepare())
-            error = loss(network, upcoming.popleft().result())
-            optimizer.zero_grad()
-            error.backward()
-            optimizer.step()
-            step += 1
-            _follow(averaged, network, 1 - min(_MEMORY, step / (step + 10)))
-            elapsed = time.perf_counter() - started
-            fraction = min(1.0, max(step / (steps or math.inf), elapsed / (seconds or math.inf)))
-            if fraction * _VALIDATIONS < validations + 1:
-                continue
-            validations = int(fraction * _VALIDATIONS)
-            with torch.inference_mode():
-                found = float(loss(averaged, held_out))
-            stale = 0 if found < best else stale + 1
-            if found < best:
-                best, best_state = found, copy.deepcopy(averaged.state_dict())
-            if progress is not None:
-                progress(Progress(fraction, elapsed, found))
-    averaged.load_state_dict(best_state)
-    averaged = averaged.cpu().eval()
-    card = Card(
+    fitted, loss, step = _fit(network.to(device), _RATES[architecture], patterns, done, progress)
+    low, high = patterns.counts
+    return fitted, Card(
         fingerprint=geometry.fingerprint(),
         geometry=geometry,
         architecture=architecture,
         ranges=limits,
         training={
             "sampling": sampling,
-            "counts": [low, high],
+            "counts": [round(low, 1), round(high, 1)],
             "background": background,
             "steps": step,
             "batch": _BATCH,
-            "pool": pool,
             "seed": seed,
-            "loss": best,
+            "loss": loss,
             "seconds": round(time.perf_counter() - started, 1),
         },
         accuracy=tuple(
-            evaluate(averaged, geometry, sampling=sampling, ranges=limits, counts=level)
+            evaluate(fitted, geometry, sampling=sampling, ranges=limits, counts=level)
             for level in _levels(low, high)
         ),
         version=version("nanobeam-bluesky"),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    return averaged, card
+
+
+class _Patterns:
+    """A pool of simulated patterns that changes slowly, and batches with fresh noise from it."""
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        sampling: Sampling,
+        ranges: dict[str, float],
+        counts: float | tuple[float, float],
+        peak: float | None,
+        background: float,
+        seed: int,
+    ) -> None:
+        self._geometry, self._sampling, self._background = geometry, sampling, background
+        self._beyond = {name: _MARGIN * limit for name, limit in ranges.items()}
+        self._rng = np.random.default_rng([seed, 0])
+        ny, nx = geometry.pattern_shape
+        size = max(_BATCH, min(_POOL, _POOL * 64 * 64 // (ny * nx)))  # 0.1 GB
+        self._truth, self.pool = self._simulate(size)
+        self._unit = float(self.pool.sum(axis=(1, 2)).mean())
+        if self._unit == 0:
+            raise ValueError(
+                f"no light falls on the ROI for any strain and tilt within {ranges}: check "
+                "bragg_center_px and the ROI, or train with other ranges"
+            )
+        if peak is not None:
+            counts = peak * self._unit
+        self.counts = counts if isinstance(counts, tuple) else (counts, counts)
+        # of the error relative to the ranges
+        self.per_range = np.array(_WEIGHTS) / [ranges[name] for name in PARAMETERS]
+        self._next = 0
+
+    def held_out(self) -> list[Batch]:
+        """Batches of patterns that are never trained on."""
+        batches = []
+        for _ in range(_HELD_OUT // _BATCH):
+            truth, patterns = self._simulate(_BATCH)
+            batches.append(self._with_noise(truth, patterns, np.arange(_BATCH)))
+        return batches
+
+    def batch(self) -> Batch:
+        """Patterns of the pool with fresh noise, after a few of the pool were replaced."""
+        replaced = slice(self._next, self._next + _FRESH)
+        self._truth[replaced], self.pool[replaced] = self._simulate(_FRESH)
+        self._next = (self._next + _FRESH) % (len(self.pool) // _FRESH * _FRESH)
+        which = self._rng.integers(len(self.pool), size=_BATCH)
+        return self._with_noise(self._truth, self.pool, which)
+
+    def _simulate(self, n: int) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+        truth = random_parameters(self._rng, n, self._beyond)
+        strain, omega, chi = truth.T
+        patterns = forward(strain, omega, chi, self._geometry, sampling=self._sampling)
+        return truth, np.maximum(patterns, 0, out=patterns)
+
+    def _with_noise(
+        self, truth: NDArray[np.float64], patterns: NDArray[np.float32], which: NDArray[np.int64]
+    ) -> Batch:
+        low, high = self.counts
+        level = np.exp(self._rng.uniform(math.log(low), math.log(high), len(which)))
+        scale = level / self._unit
+        floor = self._rng.uniform(0, self._background, len(which)) * level / patterns[0].size
+        noisy = poisson(
+            patterns,
+            which,
+            scale.astype(np.float32),
+            floor.astype(np.float32),
+            int(self._rng.integers(2**62)),
+        )
+        # errors fall as 1/√counts: every level has the same say
+        weight = 1 / (low / level + low / _CEILING)
+        columns = noisy[:, None], truth[which], weight[:, None]
+        counts, labels, weights = (torch.from_numpy(c.astype(np.float32)) for c in columns)
+        return counts, labels, weights
+
+
+def _fit(
+    network: nn.Module,
+    rate: float,
+    patterns: _Patterns,
+    done: Callable[[int], tuple[float, float]],
+    progress: Callable[[Progress], object] | None,
+) -> tuple[nn.Module, float, int]:
+    """Return the averaged network, its loss on held-out patterns and the number of steps."""
+    device = next(network.parameters()).device
+    per_range = torch.from_numpy(patterns.per_range.astype(np.float32)).to(device)
+
+    def loss(network: nn.Module, batch: Batch) -> Tensor:
+        counts, labels, weights = (column.to(device) for column in batch)
+        error: Tensor = (network(counts) - labels) * per_range
+        return (error.square() * weights).mean()
+
+    averaged = copy.deepcopy(network).eval()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=1e-4)
+    held_out = patterns.held_out()
+    best, best_state, stale, step, validations = math.inf, averaged.state_dict(), 0, 0, 0
+    fraction = 0.0
+    with ThreadPoolExecutor(1) as simulation:
+        upcoming: deque[Future[Batch]] = deque()
+        upcoming.extend(simulation.submit(patterns.batch) for _ in range(2))
+        while fraction < 1 and stale < _PATIENCE:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * _schedule(fraction)
+            upcoming.append(simulation.submit(patterns.batch))
+            error = loss(network, upcoming.popleft().result())
+            optimizer.zero_grad()
+            error.backward()
+            optimizer.step()
+            step += 1
+            _follow(averaged, network, 1 - min(_MEMORY, step / (step + 10)))
+            fraction, elapsed = done(step)
+            if fraction * _VALIDATIONS < validations + 1:
+                continue
+            validations = int(fraction * _VALIDATIONS)
+            with torch.inference_mode():
+                found = float(np.mean([float(loss(averaged, batch)) for batch in held_out]))
+            stale = 0 if found < best else stale + 1
+            if found < best:
+                best, best_state = found, copy.deepcopy(averaged.state_dict())
+            if progress is not None:
+                progress(Progress(min(fraction, 1.0), elapsed, found))
+    averaged.load_state_dict(best_state)
+    return averaged.cpu(), best, step
 
 
 @torch.no_grad()
