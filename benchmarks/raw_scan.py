@@ -138,6 +138,8 @@ def fly(engine, sxdm, dwell, callback=None):
     engine(sxdm_fly(sxdm, dwell_s=dwell))
     for token in tokens:
         engine.unsubscribe(token)
+    if callback is not None:
+        callback.callback.wait(300)
     for name, doc in documents:
         if name == "stream_resource":
             Path(unquote(urlparse(doc["uri"]).path)).unlink(missing_ok=True)
@@ -170,7 +172,6 @@ def main(arguments=None):
                 without, plain = fly(engine, sxdm, 1 / options.hz)
                 timed = Timed(callback)
                 with_, outlined = fly(engine, sxdm, 1 / options.hz, timed)
-                callback.wait(300)
                 ratios.append(with_ / without)
                 microseconds += timed.microseconds
                 same &= plain == outlined

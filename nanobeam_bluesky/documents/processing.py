@@ -109,6 +109,7 @@ class Processor:
 
     def __init__(self) -> None:
         self._runs: dict[str, tuple[Analyzer, FrameReader]] = {}
+        self._complained: set[str] = set()
         self._analyzers: dict[tuple[Geometry, AnalyzerChoice], tuple[Analyzer, dict[str, Any]]] = {}
 
     def open(self, run: str, geometry: Geometry, choice: AnalyzerChoice) -> dict[str, Any]:
@@ -122,6 +123,7 @@ class Processor:
 
     def close(self, run: str) -> None:
         """Close the run's files."""
+        self._complained.discard(run)
         if run in self._runs:
             self._runs.pop(run)[1].close()
 
@@ -131,7 +133,9 @@ class Processor:
             analyzer, reader = self._runs[task.run]
             return _process(task, analyzer, reader)
         except Exception as error:
-            logger.exception("run %s: points could not be analysed", task.run[:8])
+            if task.run not in self._complained:
+                self._complained.add(task.run)
+                logger.exception("run %s: points could not be analysed", task.run[:8])
             return Processed.failed(task, f"{type(error).__name__}: {error}")
 
 
