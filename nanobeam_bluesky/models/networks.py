@@ -58,7 +58,7 @@ class NanobeamNN(nn.Module):
 class SeparableNet(nn.Module):
     """Products with two small fixed matrices, then three dense layers.
 
-    A pattern is nearly separable (PHYSICS: B·P·Aᵀ), so the leading eigenvectors of the
+    A pattern is nearly separable (`physics.published`: B·P·Aᵀ), so the leading eigenvectors of the
     patterns' row and column covariance keep what tells strain and tilts apart in 24×24
     numbers. They are set from simulated patterns before training (`fit_features`); only the
     dense layers learn. No convolutions: all is matrix products, the fastest a CPU has.

@@ -24,7 +24,7 @@ def film():
 
 
 def test_shipped_network_beats_one_published_network(published, film):
-    """PHYSICS section 3, third line: one published network at 4300 counts."""
+    """One published network, re-measured on the continuous model at 4300 counts."""
     truth, counts = film
     estimates = published.process(counts)
     for column, name, reference in (

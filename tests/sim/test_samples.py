@@ -4,7 +4,7 @@ from scipy.spatial import cKDTree
 
 from nanobeam_bluesky.sim import Phantom, phantom
 
-# what one pattern of 6000 counts resolves (PHYSICS: Cramér–Rao bound with a blurred pupil)
+# what one pattern of 6000 counts resolves (the Cramér–Rao bound with a blurred pupil)
 SIGMA = np.array([1e-4, 1.5e-4, 4.5e-4])
 
 
