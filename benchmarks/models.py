@@ -53,7 +53,7 @@ def main() -> None:
     geometry = Geometry.published()
     rng = np.random.default_rng(0)
     truth = rng.uniform(-1, 1, (2048, 3)) * [0.005, 0.05, 0.1]
-    counts = rng.poisson(4.5 * forward(*truth.T, geometry).clip(0)).astype(np.float32)
+    counts = rng.poisson(4.5 * forward(*truth.T, geometry)).astype(np.float32)
     print(f"{'models':52s} {'now':>10s} {'must':>10s} {'ratio':>7s}")
 
     start = time.perf_counter()

@@ -96,7 +96,13 @@ def train(
         float | None,
         typer.Option(help="Counts at the peak of the library (7 as published), not --counts."),
     ] = None,
-    seconds: Annotated[float, typer.Option(help="Stop after this time.", min=5)] = 90,
+    background: Annotated[
+        float, typer.Option(help="Largest background, as a part of the pattern's mean.", min=0)
+    ] = 0.0,
+    steps: Annotated[
+        int | None, typer.Option(help="Length of the training; 6000 by default.", min=1)
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(help="Or its time, s.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Of noise and initial weights.")] = 0,
     store: Annotated[
         Path | None, typer.Option(help="Folder for the network; default in NANOBEAM_HOME.")
@@ -122,15 +128,20 @@ def train(
             text = f"training, loss {progress.loss:.2e}"
             bar.update(task, completed=progress.fraction, description=text)
 
-        network, card = train_network(
-            chosen,
-            sampling=sampling.value,
-            counts=counts,
-            peak=peak,
-            seconds=seconds,
-            seed=seed,
-            progress=show,
-        )
+        try:
+            network, card = train_network(
+                chosen,
+                sampling=sampling.value,
+                counts=counts,
+                peak=peak,
+                background=background,
+                steps=steps,
+                seconds=seconds,
+                seed=seed,
+                progress=show,
+            )
+        except ValueError as error:
+            _stop(str(error), code=2)
     models = ModelStore(store)
     models.save(network, card)
     table = Table("counts", "", "RMSE", "Cramér-Rao bound", "ratio")

@@ -10,10 +10,8 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import nanobeam_bluesky
 from nanobeam_bluesky.documents.pipeline import RunPipeline
 from nanobeam_bluesky.documents.processing import AnalyzerChoice, Processed, Task
 from nanobeam_bluesky.geometry import Geometry
@@ -132,15 +130,13 @@ class WorkerClient:
     # ---------------------------------------------------------------- internals
 
     def _start(self) -> None:
-        root = str(Path(nanobeam_bluesky.__file__).parents[1])
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         threads = dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         try:
             process = subprocess.Popen(
                 [sys.executable, "-m", "nanobeam_bluesky.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env=os.environ | threads | {"PYTHONPATH": os.pathsep.join(paths)},
+                env=os.environ | threads,
                 start_new_session=True,
             )
         except OSError as error:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from nanobeam_bluesky.geometry import Geometry
 from nanobeam_bluesky.models.correlation import CorrelationLibrary, correlation_fit
 from nanobeam_bluesky.models.estimates import Estimates, Flag
+from nanobeam_bluesky.models.networks import pick_device
 from nanobeam_bluesky.models.store import Card, ModelStore
 
 __all__ = ["Analyzer"]
@@ -79,7 +80,7 @@ class Analyzer:
         if method != "network":
             raise ValueError(f"method = {method!r} must be 'network' or 'correlation'")
         network, card = (store or ModelStore()).load(geometry)
-        return cls(geometry, network=network, card=card, device=_device(device))
+        return cls(geometry, network=network, card=card, device=pick_device(device))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -170,9 +171,3 @@ class Analyzer:
             below = np.maximum(levels[0] - log_counts, 0) / 2
             sigma[f"{name}_sigma"] = np.exp(np.interp(log_counts, levels, errors) + below)
         return replace(estimates, **sigma)
-
-
-def _device(device: str) -> str:
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"

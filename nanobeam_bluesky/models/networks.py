@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ARCHITECTURES", "NanobeamNN", "SeparableNet"]
+__all__ = ["ARCHITECTURES", "NanobeamNN", "SeparableNet", "pick_device"]
 
 _COMPONENTS = 24
 
@@ -134,3 +134,10 @@ ARCHITECTURES: dict[str, type[NanobeamNN] | type[SeparableNet]] = {
     "NanobeamNN": NanobeamNN,
 }
 """Name in a `Card` → network."""
+
+
+def pick_device(device: str) -> str:
+    """Return a torch device; "auto" takes an accelerator where there is one."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -135,7 +135,6 @@ class Renderer:
         )
         patterns *= (self.scale * sample.intensity[row, col]).astype(np.float32)[:, None, None]
         patterns += self._background
-        np.maximum(patterns, 0, out=patterns)  # a blurred pupil leaves -1e-10
         return self._geometry.unorient(patterns)
 
     def _detect(

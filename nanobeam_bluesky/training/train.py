@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nanobeam_bluesky.geometry import Geometry
 from nanobeam_bluesky.models.correlation import PARAMETERS, RANGES
-from nanobeam_bluesky.models.networks import ARCHITECTURES, SeparableNet
+from nanobeam_bluesky.models.networks import ARCHITECTURES, SeparableNet, pick_device
 from nanobeam_bluesky.models.store import Card
 from nanobeam_bluesky.physics import Sampling, forward
 from nanobeam_bluesky.training.evaluate import evaluate, random_parameters
@@ -90,7 +90,7 @@ def train(
     steps: int | None = None,
     seconds: float | None = None,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     progress: Callable[[Progress], object] | None = None,
 ) -> tuple[nn.Module, Card]:
     """Train a network for one geometry on simulated patterns between grid points.
@@ -120,7 +120,7 @@ def train(
     seed
         Of parameters, noise and initial weights.
     device
-        Torch device.
+        Torch device; "auto" takes an accelerator where there is one.
     progress
         Called at every validation.
 
@@ -155,7 +155,9 @@ def train(
         elapsed = time.perf_counter() - started
         return max(step / (steps or math.inf), elapsed / (seconds or math.inf)), elapsed
 
-    fitted, loss, step = _fit(network.to(device), _RATES[architecture], patterns, done, progress)
+    fitted, loss, step = _fit(
+        network.to(pick_device(device)), _RATES[architecture], patterns, done, progress
+    )
     low, high = patterns.counts
     return fitted, Card(
         fingerprint=geometry.fingerprint(),
@@ -233,7 +235,7 @@ class _Patterns:
         truth = random_parameters(self._rng, n, self._beyond)
         strain, omega, chi = truth.T
         patterns = forward(strain, omega, chi, self._geometry, sampling=self._sampling)
-        return truth, np.maximum(patterns, 0, out=patterns)
+        return truth, patterns
 
     def _with_noise(
         self, truth: NDArray[np.float64], patterns: NDArray[np.float32], which: NDArray[np.int64]

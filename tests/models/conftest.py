@@ -23,7 +23,7 @@ def simulate(geometry):
     def _simulate(n, scale=30.0, seed=0):
         rng = np.random.default_rng(seed)
         truth = rng.uniform(-1, 1, (n, 3)) * HALF_RANGES
-        patterns = forward(*truth.T, geometry).clip(0)
+        patterns = forward(*truth.T, geometry)
         return truth, rng.poisson(scale * patterns).astype(np.float32)
 
     return _simulate
