@@ -19,6 +19,7 @@ from rich.table import Table
 from nanobeam_bluesky.callbacks import BackgroundSink, LiveMaps, NanobeamCallback
 from nanobeam_bluesky.documents import to_maps
 from nanobeam_bluesky.geometry import Geometry
+from nanobeam_bluesky.models import Flag
 from nanobeam_bluesky.physics import cramer_rao
 from nanobeam_bluesky.plots import plot_comparison
 from nanobeam_bluesky.sim import Phantom, SimulatedSXDM, phantom, sxdm_fly
@@ -127,7 +128,7 @@ def run_demo(
 
     run = client["derived"][watch.uids["derived"]]
     maps = to_maps(run)
-    ok = ok and int((maps["flags"] != 32).sum()) == truth.size
+    ok = ok and int((maps["flags"] != Flag.FRAME_MISSING).sum()) == truth.size
     _print_table(console, maps, truth, geometry, sxdm, watch, callback)
     figure = _draw(maps, truth, out / "demo.png")
     console.print(

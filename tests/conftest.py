@@ -8,23 +8,9 @@ from bluesky import RunEngine
 from event_model import compose_run
 
 from nanobeam_bluesky.geometry import Geometry
+from nanobeam_bluesky.models import Estimates
 
-FIELDS = {
-    "strain": "",
-    "strain_sigma": "",
-    "omega": "deg",
-    "omega_sigma": "deg",
-    "chi": "deg",
-    "chi_sigma": "deg",
-    "thickness": "nm",
-    "thickness_sigma": "nm",
-    "counts": "counts",
-    "background": "counts",
-    "deviance": "",
-    "flags": "",
-    "row": "",
-    "col": "",
-}
+FIELDS = Estimates.UNITS | {"row": "", "col": ""}
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 from nanobeam_bluesky.callbacks.sink import BackgroundSink
 from nanobeam_bluesky.callbacks.worker_client import WorkerClient
 from nanobeam_bluesky.documents.pipeline import RunPipeline, Tally
-from nanobeam_bluesky.documents.processing import AnalyzerChoice
+from nanobeam_bluesky.documents.processing import AnalyzerChoice, Method, MissingModel
 from nanobeam_bluesky.geometry import ROI
 from nanobeam_bluesky.presets import Preset, unit_registry
 
@@ -93,13 +93,19 @@ class NanobeamCallback:
 
     def __init__(
         self,
-        analyzer: Literal["auto", "network", "correlation"] = "auto",
+        analyzer: Method = "auto",
         *,
         preset: Preset | str | Path = "default",
         roi: ROI | None = None,
-        on_missing_model: Literal["fit", "skip"] = "fit",
+        on_missing_model: MissingModel = "fit",
         device: str = "auto",
     ) -> None:
+        for name, value, allowed in (
+            ("analyzer", analyzer, Method),
+            ("on_missing_model", on_missing_model, MissingModel),
+        ):
+            if value not in get_args(allowed):
+                raise ValueError(f"{name} = {value!r} must be one of {get_args(allowed)}")
         self._preset = Preset.load(preset)
         self._choice = AnalyzerChoice(analyzer, on_missing_model, device)
         self._roi = roi
@@ -214,17 +220,25 @@ class NanobeamCallback:
     def _work(self) -> None:
         unit_registry()  # now, not while a scan waits for the interpreter lock
         while not self._closing.is_set():
-            with contextlib.suppress(queue.Empty):
-                self._take(self._queue.get(timeout=0.05 if self._runs else None))
-                while True:
-                    self._take(self._queue.get_nowait())
-            for run in list(self._runs.values()):
-                self._guarded(run, run.poll)
-            self._forget_closed()
+            try:
+                self._turn()
+            except Exception as error:
+                logger.exception("the callback's thread goes on after an error")
+                self._count(error)
             time.sleep(PAUSE_SECONDS)
         for run in list(self._runs.values()):
             run.fail("the callback was closed before the run had stopped")
         self._worker.shutdown()
+
+    def _turn(self) -> None:
+        """Take what has come, and give every run its turn."""
+        with contextlib.suppress(queue.Empty):
+            self._take(self._queue.get(timeout=0.05 if self._runs else None))
+            while True:
+                self._take(self._queue.get_nowait())
+        for run in list(self._runs.values()):
+            self._guarded(run, run.poll)
+        self._forget_closed()
 
     def _take(self, item: Any) -> None:
         if len(item) == 3:
@@ -236,8 +250,9 @@ class NanobeamCallback:
             return
         try:
             run = self._run_of(name, doc)
-        except Exception:
+        except Exception as error:
             logger.exception("a %s document could not be understood", name)
+            self._count(error)
             return
         if run is not None:
             self._guarded(run, lambda: run.document(name, doc))
@@ -288,6 +303,10 @@ class NanobeamCallback:
             del self._runs[uid]
             for key in [k for k, raw in self._descriptors.items() if raw == uid]:
                 del self._descriptors[key]
+
+    def _count(self, error: Exception) -> None:
+        self._tally.errors += 1
+        self._tally.last_error = f"{type(error).__name__}: {error}"
 
     def _emit(self, name: str, doc: dict[str, Any]) -> None:
         for sink in list(self._sinks.values()):

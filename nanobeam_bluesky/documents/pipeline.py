@@ -258,7 +258,8 @@ class RunPipeline:
     @property
     def points_pending(self) -> int:
         """Points announced and not yet in a page."""
-        in_flight = (e for _, entries in self._in_flight.values() for e in entries)
+        # asked for by other threads: copy first, at once
+        in_flight = [e for _, entries in list(self._in_flight.values()) for e in entries]
         return sum(e.block.count for e in (*self._pending, *self._retries, *in_flight))
 
     @property
@@ -269,9 +270,8 @@ class RunPipeline:
     @property
     def lag_seconds(self) -> float:
         """How long the oldest waiting point has waited."""
-        if not self._pending:
-            return 0.0
-        return max(0.0, time.monotonic() - self._pending[0].due)
+        waiting = tuple(self._pending)
+        return max(0.0, time.monotonic() - waiting[0].due) if waiting else 0.0
 
     # ------------------------------------------------------------------ geometry
 

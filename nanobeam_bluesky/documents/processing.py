@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["AnalyzerChoice", "Processed", "Processor", "Task"]
 
+Method = Literal["auto", "network", "correlation"]
+MissingModel = Literal["fit", "skip"]
+
 logger = logging.getLogger("nanobeam_bluesky")
 
 
@@ -26,9 +29,9 @@ logger = logging.getLogger("nanobeam_bluesky")
 class AnalyzerChoice:
     """Which estimator to use."""
 
-    method: Literal["auto", "network", "correlation"] = "auto"
+    method: Method = "auto"
     """"auto" (network, where one is trained), "network" or "correlation"."""
-    on_missing_model: Literal["fit", "skip"] = "fit"
+    on_missing_model: MissingModel = "fit"
     """"fit" (correlation fit) or "skip" (no derived points) where no network is trained."""
     device: str = "auto"
     """Torch device, e.g. "cpu"."""

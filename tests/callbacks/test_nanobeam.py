@@ -486,3 +486,18 @@ def test_without_a_network_the_policy_decides(RE, geometry, tmp_path, policy, st
         assert (analyzer["method"], analyzer["network"]) == (method, "none")
     else:
         assert "nanobeam train" in documents[-1][1]["reason"]
+
+
+@pytest.mark.parametrize("options", [{"analyzer": "magic"}, {"on_missing_model": "guess"}])
+def test_unknown_options_are_refused_at_once(options):
+    with pytest.raises(ValueError, match="must be one of"):
+        NanobeamCallback(**options)
+
+
+def test_documents_that_make_no_sense_stop_nothing(engine, callback):
+    errors = callback.health.errors
+    for item in [("start", {}), ("event", {"descriptor": []}), ("descriptor", 5)]:
+        callback(*item)
+    run = engine(phantom("figure3", (2, 3)))
+    assert run[-1][1]["exit_status"] == "success"
+    assert callback.health.errors == errors + 2
