@@ -5,7 +5,6 @@ import logging
 import subprocess
 import sys
 import threading
-import time
 import weakref
 
 import pytest
@@ -84,11 +83,8 @@ def test_handing_in_does_not_wait_for_the_callback(open_sink):
     recorder = Recorder()
     recorder.gate.clear()
     sink = open_sink(recorder)
-    begin = time.perf_counter()
     for _ in range(1000):
         sink("event", {"descriptor": "unknown"})
-    took = time.perf_counter() - begin
-    assert took < 0.05, f"{took * 1e3:.1f} µs a document"
     assert sink.health.pending == 1000
     assert not sink.wait(0.05)
     recorder.gate.set()
