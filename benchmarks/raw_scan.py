@@ -76,7 +76,7 @@ def killed(folder):
         def kill():
             while not done.wait(4):
                 with contextlib.suppress(ProcessLookupError, TypeError):
-                    os.kill(callback._worker.pid, signal.SIGKILL)
+                    os.kill(callback.health.worker_pid, signal.SIGKILL)
 
         thread = threading.Thread(target=kill)
         thread.start()

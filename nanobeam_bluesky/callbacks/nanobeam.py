@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import queue
 import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -55,6 +57,8 @@ class Health:
     """Embedded frames in memory."""
     documents_pending: int
     """Documents not looked at yet."""
+    worker_pid: int | None
+    """Process id of the worker; None while there is none."""
     worker_restarts: int
     """How often the worker process had to be started again."""
     errors: int
@@ -124,8 +128,9 @@ class NanobeamCallback:
     # ------------------------------------------------------------ the RunEngine's
 
     def __call__(self, name: str, doc: Mapping[str, Any]) -> None:
-        """Take a document; never blocks, never raises."""
-        self._queue.put((name, doc))
+        """Take a document; never blocks, never raises; ignored once closed."""
+        if not self._closing.is_set():
+            self._queue.put((name, doc))
 
     # --------------------------------------------------------------- the user's
 
@@ -163,20 +168,26 @@ class NanobeamCallback:
         done
             False if `timeout` seconds passed before.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
 
-        def left() -> float | None:
-            return None if deadline is None else max(0.0, deadline - time.monotonic())
+        def left() -> float:
+            return max(0.0, deadline - time.monotonic())
 
         while self._thread.is_alive():
             handled = threading.Event()
             self._queue.put((_MARK, handled))  # behind every document so far
-            if not handled.wait(left()):
-                return False
+            while not handled.wait(min(0.2, left())):
+                if not self._thread.is_alive():  # closed meanwhile
+                    break
+                if not left():
+                    return False
             if not self._runs:
                 break
             time.sleep(PAUSE_SECONDS)
-        return all(sink.wait(left()) for sink in list(self._sinks.values()))
+        return all(
+            sink.wait(None if deadline == math.inf else left())
+            for sink in list(self._sinks.values())
+        )
 
     def close(self, timeout: float | None = 10.0) -> None:
         """Finish what has stopped, close what has not with the reason, end the worker."""
@@ -204,6 +215,7 @@ class NanobeamCallback:
             lag_seconds=max((run.lag_seconds for run in runs), default=0.0),
             queue_bytes=sum(run.queue_bytes for run in runs),
             documents_pending=self._queue.qsize(),
+            worker_pid=self._worker.pid,
             worker_restarts=self._worker.restarts,
             errors=self._tally.errors + sum(s.errors for s in sinks),
             last_error=self._tally.last_error
@@ -227,7 +239,9 @@ class NanobeamCallback:
                 self._count(error)
             time.sleep(PAUSE_SECONDS)
         for run in list(self._runs.values()):
-            run.fail("the callback was closed before the run had stopped")
+            self._guarded(
+                run, partial(run.fail, "the callback was closed before the run had stopped")
+            )
         self._worker.shutdown()
 
     def _turn(self) -> None:

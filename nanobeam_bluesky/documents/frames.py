@@ -6,6 +6,7 @@ import os
 import stat
 from collections import OrderedDict
 from enum import IntEnum
+from functools import lru_cache
 from typing import Any
 
 import h5py
@@ -288,6 +289,7 @@ def bin_frames(
     return np.ascontiguousarray(geometry.orient(binned)), saturated
 
 
+@lru_cache(maxsize=4)
 def _good_pixels(geometry: Geometry) -> NDArray[np.bool_] | None:
     """Good pixels of the ROI (rows, columns); None where all are."""
     roi = geometry.roi

@@ -82,6 +82,7 @@ class _Pending:
     version: int
     """How often these points have been announced: older versions are dropped."""
     due: float
+    """When it came, or when it is to be tried again."""
     attempt: int = 0
 
 

@@ -108,19 +108,18 @@ class Processed:
 
 
 class Processor:
-    """Runs tasks of any number of runs; keeps their analyzers and open files."""
+    """Runs tasks of any number of runs; keeps their analyzers and open files.
+
+    The store is asked anew for every run, so that a network trained meanwhile is found.
+    """
 
     def __init__(self) -> None:
         self._runs: dict[str, tuple[Analyzer, FrameReader]] = {}
         self._complained: set[str] = set()
-        self._analyzers: dict[tuple[Geometry, AnalyzerChoice], tuple[Analyzer, dict[str, Any]]] = {}
 
     def open(self, run: str, geometry: Geometry, choice: AnalyzerChoice) -> dict[str, Any]:
         """Prepare for a run; return the analyzer's settings."""
-        key = (geometry, choice)
-        if key not in self._analyzers:
-            self._analyzers[key] = choice.build(geometry)
-        analyzer, settings = self._analyzers[key]
+        analyzer, settings = choice.build(geometry)
         self._runs[run] = (analyzer, FrameReader(geometry))
         return settings
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from nanobeam_bluesky.geometry import Geometry
-from nanobeam_bluesky.models.correlation import CorrelationLibrary, correlation_fit
+from nanobeam_bluesky.models.correlation import CorrelationLibrary, correlation_fit, default_library
 from nanobeam_bluesky.models.estimates import Estimates, Flag
 from nanobeam_bluesky.models.networks import pick_device
 from nanobeam_bluesky.models.store import Card, ModelStore
@@ -75,7 +75,7 @@ class Analyzer:
             If there is no network, or not a sound one.
         """
         if method == "correlation":
-            library = CorrelationLibrary.simulate(geometry, steps=FALLBACK_STEPS)
+            library = default_library(geometry, FALLBACK_STEPS)
             return cls(geometry, library=library)
         if method != "network":
             raise ValueError(f"method = {method!r} must be 'network' or 'correlation'")

@@ -72,8 +72,9 @@ class CorrelationLibrary:
 
 
 @lru_cache(maxsize=4)
-def _default_library(geometry: Geometry) -> CorrelationLibrary:
-    return CorrelationLibrary.simulate(geometry)
+def default_library(geometry: Geometry, steps: int = STEPS) -> CorrelationLibrary:
+    """Return the library of a geometry over the published ranges; the last ones are kept."""
+    return CorrelationLibrary.simulate(geometry, steps=steps)
 
 
 def correlation_fit(
@@ -103,7 +104,7 @@ def correlation_fit(
     The centre of mass of the correlation is drawn towards the middle of the library:
     RMSE 2.0e-3, 1.3e-2° and 3.2e-2° over the published one.
     """
-    library = library or _default_library(geometry)
+    library = library or default_library(geometry)
     flat = np.ascontiguousarray(patterns, dtype=np.float32).reshape(len(patterns), -1)
     correlation = (flat @ library.matrix).astype(np.float64)
     edges = np.cumsum([len(library.axes[name]) for name in PARAMETERS])[:-1]
