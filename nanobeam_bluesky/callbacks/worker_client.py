@@ -105,7 +105,9 @@ class WorkerClient:
 
     def _hand_over(self, run: _Run, message: Message, arrays: Arrays) -> None:
         if message["kind"] == "processed":
-            _, task = self._tasks.pop((message["run"], message["number"]), (None, None))
+            key = (message["run"], message["number"])
+            self._deaths.pop(key, None)
+            _, task = self._tasks.pop(key, (None, None))
             if task is not None:
                 run.pipeline.processed(decode_processed(message, arrays, task))
         elif message["kind"] == "refused":
