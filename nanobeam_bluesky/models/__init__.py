@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         ModelRefusedError,
         ModelStore,
     )
+    from nanobeam_bluesky.models.systematics import Sensitivity, sensitivity
 
 __all__ = [
     "Accuracy",
@@ -28,8 +29,10 @@ __all__ = [
     "ModelRefusedError",
     "ModelStore",
     "NanobeamNN",
+    "Sensitivity",
     "SeparableNet",
     "correlation_fit",
+    "sensitivity",
 ]
 
 __getattr__ = lazy(
@@ -43,7 +46,9 @@ __getattr__ = lazy(
         "ModelRefusedError": "store",
         "ModelStore": "store",
         "NanobeamNN": "networks",
+        "Sensitivity": "systematics",
         "SeparableNet": "networks",
         "correlation_fit": "correlation",
+        "sensitivity": "systematics",
     },
 )
