@@ -10,6 +10,7 @@ import time
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from benchmarks.physics import best
 from nanobeam_bluesky.geometry import Geometry
@@ -49,6 +50,27 @@ def direct_fit(
     return found, seconds
 
 
+def as_published(network: NanobeamNN) -> nn.Module:
+    """The same layers in plain PyTorch: labels of counts (n, 1, ny, nx)."""
+    return nn.Sequential(*network.operation, nn.Flatten(), network.fc1)
+
+
+def share_of_plain_time(network: NanobeamNN, batch: Tensor, pairs: int = 15) -> float:
+    """Time of a network over that of the same layers in plain PyTorch: median of pairs in turn."""
+    plain = as_published(network)
+    shares = []
+    with torch.inference_mode():
+        for _ in range(pairs):
+            seconds = []
+            for run in (plain, network):
+                time.sleep(0.02)  # PyTorch's threads spin for a while after their work
+                start = time.perf_counter()
+                run(batch)
+                seconds.append(time.perf_counter() - start)
+            shares.append(seconds[1] / seconds[0])
+    return float(np.median(shares))
+
+
 def main() -> None:
     geometry = Geometry.published()
     rng = np.random.default_rng(0)
@@ -72,9 +94,21 @@ def main() -> None:
     print(f"  the direct fit takes {1e3 * seconds:.0f} ms a pattern, {seconds / fit:.0f} × longer")
 
     network = NanobeamNN((64, 64)).eval()
+    plain_network = as_published(network)
     batch = torch.from_numpy(counts[:64])[:, None]
     with torch.inference_mode():
-        plain = best(lambda: network(batch), 30) / 64
+        plain = best(lambda: plain_network(batch), 30) / 64
+        published = best(lambda: network(batch), 30) / 64
+        labels = network(batch) * network.label_scale
+        worst = float((labels - plain_network(batch)).abs().max())
+    print(f"published NanobeamNN, batch 64: {1e3 * published:.3f} ms a pattern")
+    row("  difference from plain PyTorch, of the labels", worst, 1e-5, "")
+    threads = torch.get_num_threads()
+    for some in sorted({1, threads}):
+        torch.set_num_threads(some)
+        share = share_of_plain_time(network, batch)
+        row(f"  on {some} threads, of plain PyTorch's time", share, 1 / 1.7, "")
+    torch.set_num_threads(threads)
     analyzer = Analyzer.for_geometry(geometry, device="cpu")
     default = best(lambda: analyzer.process(counts), 10) / len(counts)
     print(

@@ -3,6 +3,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from nanobeam_bluesky.models.networks import ARCHITECTURES, NanobeamNN, SeparableNet
 
@@ -29,6 +30,47 @@ def test_published_network_returns_physical_units():
 def test_published_network_refuses_patterns_that_it_would_pool_to_nothing():
     with pytest.raises(ValueError, match=r"\(36, 35\).*36×36.*SeparableNet"):
         NanobeamNN((36, 35))
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (37, 80)])
+@pytest.mark.parametrize("n", [0, 1, 31, 64, 70])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_compiled_network_equals_plain_torch(shape, n, threads):
+    torch.manual_seed(n)
+    network = NanobeamNN(shape).eval()
+    plain = nn.Sequential(*network.operation, nn.Flatten(), network.fc1)
+    counts = torch.poisson(4 * torch.rand(n, 1, *shape))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            labels = network(counts) * network.label_scale
+            assert labels.shape == (n, 3)
+            np.testing.assert_allclose(labels, plain(counts), rtol=0, atol=1e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_compiled_network_follows_its_weights_and_leaves_gradients_to_torch():
+    network = NanobeamNN((40, 40))
+    counts = torch.ones(3, 1, 40, 40)
+    network(counts).sum().backward()
+    assert all(p.grad is not None for p in network.parameters())
+    with torch.no_grad():
+        before = network(counts)
+        network.fc1.bias += 1
+        after = network(counts)
+    np.testing.assert_allclose(after - before, np.tile([0.01, 0.1, 0.2], (3, 1)), atol=1e-6)
+
+
+def test_compiled_network_does_not_hide_a_pixel_that_is_not_a_number():
+    network = NanobeamNN((64, 64))
+    counts = torch.ones(2, 1, 64, 64)
+    counts[1, 0, 30, 30] = torch.nan
+    with torch.inference_mode():
+        found = network(counts)
+    assert torch.isfinite(found[0]).all()
+    assert torch.isnan(found[1]).all()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
