@@ -11,15 +11,19 @@ import tomllib
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
 from nanobeam_bluesky.geometry import Geometry, GeometryError
+
+if TYPE_CHECKING:
+    from nanobeam_bluesky.models import Card
 
 __all__ = ["app"]
 
@@ -36,8 +40,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Strain and tilt maps from scanning X-ray diffraction microscopy.",
 )
+models = typer.Typer(no_args_is_help=True, help="The stored networks.")
+app.add_typer(models, name="models")
 console = Console()
 errors = Console(stderr=True)
+
+
+Start = Annotated[
+    Path | None, typer.Option(help="Run-start document (JSON) to read the geometry from.")
+]
+GeometryFile = Annotated[
+    Path | None, typer.Option(help="Geometry (TOML, the names of the nanobeam block).")
+]
+Preset = Annotated[str, typer.Option(help="Preset, or path of one, for --start.")]
+Store = Annotated[
+    Path | None, typer.Option(help="Folder of the networks; default in NANOBEAM_HOME.")
+]
+Fingerprint = Annotated[str, typer.Argument(help="Of the geometry; its beginning is enough.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -79,13 +98,9 @@ def demo(
 
 @app.command()
 def train(
-    start: Annotated[
-        Path | None, typer.Option(help="Run-start document (JSON) to read the geometry from.")
-    ] = None,
-    geometry: Annotated[
-        Path | None, typer.Option(help="Geometry (TOML, the names of the nanobeam block).")
-    ] = None,
-    preset: Annotated[str, typer.Option(help="Preset, or path of one, for --start.")] = "default",
+    start: Start = None,
+    geometry: GeometryFile = None,
+    preset: Preset = "default",
     sampling: Annotated[
         Sampling, typer.Option(help="Of the simulated patterns.")
     ] = Sampling.CONTINUOUS,
@@ -104,17 +119,10 @@ def train(
     ] = None,
     seconds: Annotated[float | None, typer.Option(help="Or its time, s.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Of noise and initial weights.")] = 0,
-    store: Annotated[
-        Path | None, typer.Option(help="Folder for the network; default in NANOBEAM_HOME.")
-    ] = None,
+    store: Store = None,
 ) -> None:
     """Train the network of one geometry; the next scan with this geometry finds it."""
-    if (start is None) == (geometry is None):
-        _stop("give either --start start.json or --geometry film.toml", code=2)
-    try:
-        chosen = _from_start(start, preset) if start else _from_toml(geometry)
-    except (GeometryError, OSError, ValueError) as error:
-        _stop(str(error), code=2)
+    chosen = _geometry(start, geometry, preset)
 
     from nanobeam_bluesky.models import ModelStore
     from nanobeam_bluesky.training import Progress
@@ -142,22 +150,160 @@ def train(
             )
         except ValueError as error:
             _stop(str(error), code=2)
-    models = ModelStore(store)
-    models.save(network, card)
+    stored = ModelStore(store)
+    stored.save(network, card)
+    console.print(_accuracy(card))
+    took = card.training["seconds"]
+    _say(
+        f"{card.architecture} for geometry {card.fingerprint}, trained in {took} s, between grid "
+        f"points; stored in {stored.root}"
+    )
+
+
+@models.command("import")
+def import_model(
+    file: Annotated[Path, typer.Argument(help="A published .pth file. Nothing of it is run.")],
+    start: Start = None,
+    geometry: GeometryFile = None,
+    preset: Preset = "default",
+    replace: Annotated[bool, typer.Option(help="Replace the geometry's network.")] = False,
+    store: Store = None,
+) -> None:
+    """Import a published NanobeamNN, measure it and store it for a geometry."""
+    chosen = _geometry(start, geometry, preset)
+
+    from nanobeam_bluesky.models import ModelRefusedError, ModelStore
+    from nanobeam_bluesky.training import import_published
+
+    stored = ModelStore(store)
+    path = stored.paths().get(chosen.fingerprint())
+    if path is not None and not replace:
+        _stop(f"{path} is there already for this geometry; take its place with --replace", code=1)
+    try:
+        network, card = import_published(file, chosen)
+        stored.save(network, card)
+    except (ModelRefusedError, OSError) as error:
+        _stop(str(error), code=1)
+    console.print(_accuracy(card))
+    _say(f"{file.name} imported for geometry {card.fingerprint}; stored in {stored.root}")
+
+
+@models.command("list")
+def list_models(store: Store = None) -> None:
+    """List the stored networks, the user's own and the shipped ones."""
+    from nanobeam_bluesky.models import ModelRefusedError, ModelStore
+
+    stored = ModelStore(store)
+    table = Table("geometry", "architecture", "energy, keV", "pixels", "counts", "created", "where")
+    for fingerprint, path in stored.paths().items():
+        where = "yours" if path.parent == stored.root else "shipped"
+        try:
+            card = stored.card(fingerprint)
+        except ModelRefusedError:
+            table.add_row(escape(fingerprint), "unreadable: see 'verify'", "", "", "", "", where)
+            continue
+        levels = [f"{level.counts:.0f}" for level in card.accuracy]
+        table.add_row(
+            escape(fingerprint),
+            escape(card.architecture),
+            f"{card.geometry.energy_keV:.6g}",
+            "×".join(map(str, card.geometry.pattern_shape)),
+            " – ".join(dict.fromkeys((levels[0], levels[-1]))) if levels else "",
+            escape(card.created[:10]),
+            where,
+        )
+    console.print(table)
+    _say(f"your own are in {stored.root}")
+
+
+@models.command("show")
+def show_model(fingerprint: Fingerprint, store: Store = None) -> None:
+    """Show a network's geometry, training and accuracy."""
+    from nanobeam_bluesky.models import ModelNotFoundError, ModelRefusedError, ModelStore
+
+    stored = ModelStore(store)
+    try:
+        found = stored.find(fingerprint)
+        card = stored.card(found)
+    except ValueError as error:
+        _stop(str(error), code=1 if isinstance(error, ModelRefusedError) else 2)
+    except ModelNotFoundError as error:
+        _stop(str(error), code=1)
+    table = Table(show_header=False)
+    rows = card.model_dump(mode="json", exclude={"geometry", "training", "accuracy"})
+    rows |= {"file": stored.paths()[found]}
+    rows |= {f"training: {name}": value for name, value in card.training.items()}
+    geometry = card.geometry.model_dump(mode="json", exclude_none=True)
+    rows |= {f"geometry: {name}": value for name, value in geometry.items()}
+    for name, value in rows.items():
+        table.add_row(escape(name), escape(str(value)))
+    console.print(table)
+    console.print(_accuracy(card))
+
+
+@models.command("verify")
+def verify_models(
+    fingerprint: Annotated[
+        str | None, typer.Argument(help="Of a geometry, or its beginning; all if absent.")
+    ] = None,
+    store: Store = None,
+) -> None:
+    """Check hashes, architecture and geometry of stored networks."""
+    from nanobeam_bluesky.models import ModelNotFoundError, ModelRefusedError, ModelStore
+
+    stored = ModelStore(store)
+    try:
+        chosen = [stored.find(fingerprint)] if fingerprint is not None else list(stored.paths())
+    except ValueError as error:
+        _stop(str(error), code=2)
+    except ModelNotFoundError as error:
+        _stop(str(error), code=1)
+    bad = 0
+    for name in chosen:
+        try:
+            card = stored.verify(name)
+        except (ModelNotFoundError, ModelRefusedError) as error:
+            bad += 1
+            errors.print(f"{escape(name)}: bad: {escape(str(error))}", style="red", soft_wrap=True)
+        else:
+            _say(f"{name}: sound, {card.architecture}")
+    raise typer.Exit(1 if bad else 0)
+
+
+@models.command("remove")
+def remove_model(fingerprint: Fingerprint, store: Store = None) -> None:
+    """Remove a network of your own."""
+    from nanobeam_bluesky.models import ModelNotFoundError, ModelStore
+
+    stored = ModelStore(store)
+    try:
+        found = stored.find(fingerprint)
+        stored.remove(found)
+    except ValueError as error:
+        _stop(str(error), code=2)
+    except (ModelNotFoundError, OSError) as error:
+        _stop(str(error), code=1)
+    _say(f"network {found} removed from {stored.root}")
+
+
+def _geometry(start: Path | None, geometry: Path | None, preset: str) -> Geometry:
+    if (start is None) == (geometry is None):
+        _stop("give either --start start.json or --geometry film.toml", code=2)
+    try:
+        return _from_start(start, preset) if start else _from_toml(geometry)
+    except (GeometryError, OSError, ValueError) as error:
+        _stop(str(error), code=2)
+
+
+def _accuracy(card: Card) -> Table:
+    """Errors and bounds of a network, by count level."""
     table = Table("counts", "", "RMSE", "Cramér-Rao bound", "ratio")
     for level in card.accuracy:
         for name, symbol, unit in (("strain", "ε", ""), ("omega", "ω", "°"), ("chi", "χ", "°")):
             rmse, bound = level.rmse[name], level.bound[name]
             texts = (f"{rmse:.2e}{unit}", f"{bound:.2e}{unit}", f"{rmse / bound:.2f}")
             table.add_row(f"{level.counts:.0f}" if name == "strain" else "", symbol, *texts)
-    console.print(table)
-    took = card.training["seconds"]
-    console.print(
-        f"{card.architecture} for geometry {card.fingerprint}, trained in {took} s, between grid "
-        f"points; stored in {models.root}",
-        soft_wrap=True,
-        highlight=False,
-    )
+    return table
 
 
 def _from_start(path: Path, preset: str) -> Geometry:
@@ -173,8 +319,12 @@ def _from_toml(path: Path | None) -> Geometry:
     return Geometry.parse(values.get("nanobeam", values), where=str(path))
 
 
-def _stop(message: str, *, code: int) -> Any:
-    errors.print(message, style="red", highlight=False, soft_wrap=True)
+def _say(message: str) -> None:
+    console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+def _stop(message: str, *, code: int) -> NoReturn:
+    errors.print(message, style="red", highlight=False, markup=False, soft_wrap=True)
     sys.exit(code)
 
 

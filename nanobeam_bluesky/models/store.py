@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -90,14 +90,60 @@ class ModelStore:
         shipped = files("nanobeam_bluesky.models").joinpath("weights")
         self._folders = (self.root, Path(str(shipped)))
 
-    def cards(self) -> Iterator[Card]:
-        """Yield the cards of all networks that can be read, user's first."""
-        seen = set()
+    def paths(self) -> dict[str, Path]:
+        """Cards' files by fingerprint; a user's hides a shipped one."""
+        paths: dict[str, Path] = {}
         for folder in self._folders:
             for path in sorted(folder.glob("*.json")):
-                if path.stem not in seen:
-                    seen.add(path.stem)
-                    yield self._card(path)
+                paths.setdefault(path.stem, path)
+        return paths
+
+    def find(self, prefix: str) -> str:
+        """Return the one fingerprint that begins with some hex digits.
+
+        Raises
+        ------
+        ModelNotFoundError
+            If there is none, or more than one.
+        ValueError
+            If the prefix is not made of hex digits.
+        """
+        if not prefix or set(prefix) - set("0123456789abcdef"):
+            raise ValueError(f"{prefix!r} is no fingerprint: expected up to 16 hex digits")
+        found = [name for name in self.paths() if name.startswith(prefix)]
+        if len(found) != 1:
+            what = f"several networks: {', '.join(found)}" if found else "no network"
+            raise ModelNotFoundError(
+                f"{prefix} is the beginning of {what}; 'nanobeam models list' shows all"
+            )
+        return found[0]
+
+    def card(self, fingerprint: str) -> Card:
+        """Return a network's card.
+
+        Raises
+        ------
+        ModelNotFoundError, ModelRefusedError
+            If there is none, or if it cannot be read.
+        """
+        return self._card(self._path(fingerprint))
+
+    def verify(self, fingerprint: str) -> Card:
+        """Check a network as `load` would, and that its files have its geometry's name.
+
+        Raises
+        ------
+        ModelNotFoundError, ModelRefusedError
+            If there is none, or if it is not sound.
+        """
+        path = self._path(fingerprint)
+        card = self._card(path)
+        if card.geometry.fingerprint() != fingerprint or card.fingerprint != fingerprint:
+            raise ModelRefusedError(
+                f"{path}: its card describes geometry {card.geometry.fingerprint()} and says "
+                f"{card.fingerprint[:40]}, expected {fingerprint}"
+            )
+        return self._load(path, card.geometry)[1]
 
     def save(self, network: nn.Module, card: Card) -> Card:
         """Write weights and card; replaces what was stored for the geometry."""
@@ -126,13 +172,35 @@ class ModelStore:
                 return self._load(path, geometry)
         raise ModelNotFoundError(
             f"no network is trained for geometry {fingerprint}: looked in "
-            f"{' and '.join(map(str, self._folders))}; train one with 'nanobeam train'"
+            f"{self._places()}; train one with 'nanobeam train'"
         )
 
     def remove(self, fingerprint: str) -> None:
-        """Delete a network of the user's folder."""
-        (self.root / f"{fingerprint}.json").unlink()
-        (self.root / f"{fingerprint}.safetensors").unlink(missing_ok=True)
+        """Delete a network of the user's folder; a shipped one behind it comes back.
+
+        Raises
+        ------
+        ModelNotFoundError
+            If there is none, or only a shipped one, which cannot be removed.
+        """
+        path = self._path(fingerprint)
+        if path.parent != self.root:
+            raise ModelNotFoundError(
+                f"network {fingerprint} is shipped with the package and cannot be removed; one "
+                f"of your own in {self.root} would take its place"
+            )
+        path.unlink()
+        path.with_suffix(".safetensors").unlink(missing_ok=True)
+
+    def _path(self, fingerprint: str) -> Path:
+        # looked up, not made of the name: no name leads out of the folders
+        paths = self.paths()
+        if fingerprint not in paths:
+            raise ModelNotFoundError(f"no network {fingerprint!r} in {self._places()}")
+        return paths[fingerprint]
+
+    def _places(self) -> str:
+        return " and ".join(map(str, self._folders))
 
     def _card(self, path: Path) -> Card:
         try:

@@ -287,7 +287,7 @@ def test_large_file_is_refused(tmp_path):
 
 
 @settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(changes=st.lists(st.tuples(st.integers(0), st.integers(0, 255)), min_size=1, max_size=8))
 def test_altered_pickle_gives_a_network_or_is_refused(saved, tmp_path, changes):
@@ -304,7 +304,7 @@ def test_altered_pickle_gives_a_network_or_is_refused(saved, tmp_path, changes):
 
 
 @settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(content=st.binary(max_size=200))
 def test_arbitrary_bytes_are_refused(saved, tmp_path, content):

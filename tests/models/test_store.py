@@ -110,7 +110,7 @@ def test_users_network_comes_before_the_shipped_one(tmp_path, card):
     mine = card.model_copy(update={"geometry": published, "fingerprint": published.fingerprint()})
     store.save(SeparableNet((64, 64)), mine)
     assert store.load(published)[1].created == card.created
-    assert [c.created for c in store.cards() if c.fingerprint == mine.fingerprint] == [card.created]
+    assert store.card(mine.fingerprint).created == card.created
     store.remove(mine.fingerprint)
     assert store.load(published)[1].created != card.created
 
@@ -118,3 +118,48 @@ def test_users_network_comes_before_the_shipped_one(tmp_path, card):
 def test_home_folder_comes_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOBEAM_HOME", str(tmp_path))
     assert ModelStore().root == tmp_path / "models"
+
+
+def test_fingerprint_may_be_shortened_while_it_is_unique(store, geometry):
+    fingerprint = geometry.fingerprint()
+    assert store.find(fingerprint[:6]) == fingerprint
+    other = "0" if fingerprint[0] != "0" else "1"
+    with pytest.raises(ModelNotFoundError, match=f"{other * 9} is the beginning of no network"):
+        store.find(other * 9)
+    twin = store.root / f"{fingerprint[:-1]}{'0' if fingerprint[-1] != '0' else '1'}.json"
+    twin.write_text("{}")
+    with pytest.raises(ModelNotFoundError, match=f"several.*{fingerprint}"):
+        store.find(fingerprint[:6])
+
+
+@pytest.mark.parametrize("prefix", ["", "../../etc/passwd", "ABC", "*", "a b"])
+def test_fingerprint_is_made_of_hex_digits(store, prefix):
+    with pytest.raises(ValueError, match="hex digits"):
+        store.find(prefix)
+
+
+def test_removing_never_leaves_the_folder(store, tmp_path):
+    outside = tmp_path.parent / "outside.json"
+    outside.write_text("{}")
+    with pytest.raises(ModelNotFoundError):
+        store.remove("../outside")
+    assert outside.exists()
+
+
+def test_shipped_network_cannot_be_removed(store):
+    fingerprint = Geometry.published().fingerprint()
+    with pytest.raises(ModelNotFoundError, match="shipped with the package"):
+        store.remove(fingerprint)
+    store.verify(fingerprint)
+
+
+def test_verify_finds_an_altered_network_and_one_under_another_name(store, geometry):
+    path = store.root / f"{geometry.fingerprint()}.json"
+    assert store.verify(geometry.fingerprint()).geometry == geometry
+    path.rename(path.with_stem("0123456789abcdef"))
+    with pytest.raises(ModelRefusedError, match="expected 0123456789abcdef"):
+        store.verify("0123456789abcdef")
+    path.with_stem("0123456789abcdef").rename(path)
+    path.with_suffix(".safetensors").write_bytes(b"")
+    with pytest.raises(ModelRefusedError, match="altered or truncated"):
+        store.verify(geometry.fingerprint())
