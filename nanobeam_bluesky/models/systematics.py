@@ -109,7 +109,8 @@ def sensitivity(
     scale = counts / total
     expected = scale * unit + background
     slopes = []
-    for name, step in _parameter_steps(geometry).items():
+    for name, per_pixel in center_effect(geometry).items():
+        step = _STEP_PX * geometry.binning * per_pixel
         above = patterns(geometry, **{name: truth[name] + step})
         below = patterns(geometry, **{name: truth[name] - step})
         slopes.append(scale * (above - below) / (2 * step))
@@ -132,14 +133,17 @@ def sensitivity(
     return found
 
 
-def _parameter_steps(geometry: Geometry) -> dict[str, float]:
-    """Steps in strain, ω and χ (deg) that move the pattern by `_STEP_PX` (PHYSICS, section 5)."""
-    step = _STEP_PX * geometry.binned_pixel_um * 1e-6 / geometry.detector_distance_m
+def center_effect(geometry: Geometry) -> dict[str, float]:
+    """ε, ω (deg) and χ (deg) that move a pattern by one unbinned pixel.
+
+    ε and ω along 2θ, χ across; what a centre that is off by one pixel adds.
+    """
+    pixel = geometry.pixel_size_um * 1e-6 / geometry.detector_distance_m
     bragg = math.radians(geometry.bragg_angle_deg)
     return {
-        "strain": step / (2 * math.tan(bragg)),
-        "omega": math.degrees(step / 2),
-        "chi": math.degrees(step / (2 * math.sin(bragg))),
+        "strain": pixel / (2 * math.tan(bragg)),
+        "omega": math.degrees(pixel / 2),
+        "chi": math.degrees(pixel / (2 * math.sin(bragg))),
     }
 
 
