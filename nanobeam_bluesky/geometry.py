@@ -407,6 +407,24 @@ class Geometry(_Frozen):
         }[self.orientation]
 
     @property
+    def good_pixels(self) -> NDArray[np.bool_]:
+        """False for the masked pixels of the ROI, unbinned and not turned: (rows, columns)."""
+        roi = self.roi
+        good = np.ones(self.roi_shape, dtype=bool)
+        for row, col in self.pixel_mask:
+            if 0 <= row - roi.row < roi.height and 0 <= col - roi.col < roi.width:
+                good[row - roi.row, col - roi.col] = False
+        return good
+
+    @property
+    def pattern_mask(self) -> NDArray[np.bool_]:
+        """True for pixels of a pattern that hold a masked pixel: (ny, nx)."""
+        b = self.binning
+        height, width = self.roi_shape
+        bins = self.good_pixels.reshape(height // b, b, width // b, b)
+        return self.orient(np.any(~bins, axis=(1, 3)))
+
+    @property
     def binned_pixel_um(self) -> float:
         """Size of a binned pixel, µm."""
         return self.pixel_size_um * self.binning

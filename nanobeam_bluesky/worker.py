@@ -179,7 +179,7 @@ def _open(processor: Processor, message: Message) -> Message:
         settings = processor.open(
             run,
             Geometry.model_validate(message["geometry"]),
-            AnalyzerChoice(**message["choice"]),
+            AnalyzerChoice(**message["choice"] | {"fit": tuple(message["choice"]["fit"])}),
         )
     except Exception as error:
         logging.getLogger("nanobeam_bluesky").exception("run %s: no analyzer", run[:8])

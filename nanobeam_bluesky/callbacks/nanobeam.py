@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from nanobeam_bluesky.callbacks.worker_client import WorkerClient
 from nanobeam_bluesky.documents.pipeline import RunPipeline, Tally
 from nanobeam_bluesky.documents.processing import AnalyzerChoice, Method, MissingModel
 from nanobeam_bluesky.geometry import ROI
+from nanobeam_bluesky.models import DEFAULT_FIT
 from nanobeam_bluesky.presets import Preset, unit_registry
 
 __all__ = ["Health", "NanobeamCallback"]
@@ -77,15 +78,18 @@ class NanobeamCallback:
     Parameters
     ----------
     analyzer
-        "auto" (the trained network where there is one), "network" or "correlation".
+        "auto" (maximum likelihood, started by the trained network where there is one),
+        "network" or "correlation" (these alone).
     preset
         Where a run's geometry is: the name of a shipped preset, a path, or a `Preset`.
         Runs that it does not match are ignored.
     roi
         Region of interest instead of the geometry's own.
     on_missing_model
-        Without a trained network: "fit" falls back to the correlation fit, "skip"
-        closes the derived run with the reason.
+        Without a trained network: "fit" starts from the correlation fit, "skip" closes the
+        derived run with the reason.
+    fit
+        What is unknown beside strain, tilts and scale: "background", "thickness", "blur".
     device
         Torch device of the worker.
 
@@ -102,6 +106,7 @@ class NanobeamCallback:
         preset: Preset | str | Path = "default",
         roi: ROI | None = None,
         on_missing_model: MissingModel = "fit",
+        fit: Sequence[str] = DEFAULT_FIT,
         device: str = "auto",
     ) -> None:
         for name, value, allowed in (
@@ -111,7 +116,7 @@ class NanobeamCallback:
             if value not in get_args(allowed):
                 raise ValueError(f"{name} = {value!r} must be one of {get_args(allowed)}")
         self._preset = Preset.load(preset)
-        self._choice = AnalyzerChoice(analyzer, on_missing_model, device)
+        self._choice = AnalyzerChoice(analyzer, on_missing_model, tuple(fit), device)
         self._roi = roi
         self._tally = Tally()
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()

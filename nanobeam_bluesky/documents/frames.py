@@ -292,14 +292,5 @@ def bin_frames(
 @lru_cache(maxsize=4)
 def _good_pixels(geometry: Geometry) -> NDArray[np.bool_] | None:
     """Good pixels of the ROI (rows, columns); None where all are."""
-    roi = geometry.roi
-    inside = [
-        (r - roi.row, c - roi.col)
-        for r, c in geometry.pixel_mask
-        if 0 <= r - roi.row < roi.height and 0 <= c - roi.col < roi.width
-    ]
-    if not inside:
-        return None
-    good = np.ones((roi.height, roi.width), dtype=bool)
-    good[tuple(np.array(inside).T)] = False
-    return good
+    good = geometry.good_pixels
+    return None if good.all() else good

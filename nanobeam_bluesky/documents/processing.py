@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from nanobeam_bluesky.documents.frames import FrameReader, ReadStatus
 from nanobeam_bluesky.documents.references import PointBlock
 from nanobeam_bluesky.geometry import Geometry
-from nanobeam_bluesky.models import Estimates, Flag
+from nanobeam_bluesky.models import DEFAULT_FIT, Estimates, Flag
 
 if TYPE_CHECKING:
     from nanobeam_bluesky.models import Analyzer
 
 __all__ = ["AnalyzerChoice", "Processed", "Processor", "Task"]
 
-Method = Literal["auto", "network", "correlation"]
+Method = Literal["auto", "refine", "network", "correlation"]
 MissingModel = Literal["fit", "skip"]
 
 logger = logging.getLogger("nanobeam_bluesky")
@@ -30,33 +30,30 @@ class AnalyzerChoice:
     """Which estimator to use."""
 
     method: Method = "auto"
-    """"auto" (network, where one is trained), "network" or "correlation"."""
+    """"auto" and "refine" (maximum likelihood), "network" or "correlation"."""
     on_missing_model: MissingModel = "fit"
-    """"fit" (correlation fit) or "skip" (no derived points) where no network is trained."""
+    """"fit" (refine from the correlation fit) or "skip" (no derived points) where no network
+    is trained."""
+    fit: tuple[str, ...] = DEFAULT_FIT
+    """What `refine` takes as unknown."""
     device: str = "auto"
     """Torch device, e.g. "cpu"."""
 
-    def build(self, geometry: Geometry) -> tuple[Analyzer, dict[str, Any]]:
-        """Load or make the analyzer; return it with its settings.
+    def build(self, geometry: Geometry) -> Analyzer:
+        """Load or make the analyzer.
 
         Raises
         ------
         ModelNotFoundError, ModelRefusedError
             If a network is asked for and there is none, or not a sound one.
         """
-        from nanobeam_bluesky.models import Analyzer, ModelNotFoundError, ModelRefusedError
+        from nanobeam_bluesky.models import Analyzer, ModelStore
 
-        method = "network" if self.method == "auto" else self.method
-        try:
-            analyzer = Analyzer.for_geometry(geometry, method=method, device=self.device)
-        except (ModelNotFoundError, ModelRefusedError) as error:
-            if self.method != "auto" or self.on_missing_model != "fit":
-                raise
-            logger.warning("%s; falling back to the correlation fit", error)
-            analyzer = Analyzer.for_geometry(geometry, method="correlation", device=self.device)
-            found = "none" if isinstance(error, ModelNotFoundError) else "refused"
-            return analyzer, analyzer.settings | {"network": found}
-        return analyzer, analyzer.settings
+        method = "refine" if self.method == "auto" else self.method
+        analyzer = Analyzer.for_geometry(geometry, method=method, fit=self.fit, device=self.device)
+        if method == "refine" and analyzer.card is None and self.on_missing_model == "skip":
+            ModelStore().load(geometry)  # raises, and says why
+        return analyzer
 
 
 @dataclass(frozen=True)
@@ -119,9 +116,9 @@ class Processor:
 
     def open(self, run: str, geometry: Geometry, choice: AnalyzerChoice) -> dict[str, Any]:
         """Prepare for a run; return the analyzer's settings."""
-        analyzer, settings = choice.build(geometry)
+        analyzer = choice.build(geometry)
         self._runs[run] = (analyzer, FrameReader(geometry))
-        return settings
+        return analyzer.settings
 
     def close(self, run: str) -> None:
         """Close the run's files."""

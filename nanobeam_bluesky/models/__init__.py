@@ -3,12 +3,19 @@
 from typing import TYPE_CHECKING
 
 from nanobeam_bluesky._lazy import lazy
-from nanobeam_bluesky.models.estimates import Estimates, Flag
+from nanobeam_bluesky.models.estimates import DEFAULT_FIT, Estimates, Flag
 
 if TYPE_CHECKING:
     from nanobeam_bluesky.models.analyzer import Analyzer
+    from nanobeam_bluesky.models.calibration import (
+        Calibration,
+        CalibrationError,
+        Measured,
+        calibrate,
+    )
     from nanobeam_bluesky.models.correlation import CorrelationLibrary, correlation_fit
     from nanobeam_bluesky.models.networks import NanobeamNN, SeparableNet
+    from nanobeam_bluesky.models.refine import refine
     from nanobeam_bluesky.models.store import (
         Accuracy,
         Card,
@@ -19,19 +26,25 @@ if TYPE_CHECKING:
     from nanobeam_bluesky.models.systematics import Sensitivity, sensitivity
 
 __all__ = [
+    "DEFAULT_FIT",
     "Accuracy",
     "Analyzer",
+    "Calibration",
+    "CalibrationError",
     "Card",
     "CorrelationLibrary",
     "Estimates",
     "Flag",
+    "Measured",
     "ModelNotFoundError",
     "ModelRefusedError",
     "ModelStore",
     "NanobeamNN",
     "Sensitivity",
     "SeparableNet",
+    "calibrate",
     "correlation_fit",
+    "refine",
     "sensitivity",
 ]
 
@@ -40,15 +53,20 @@ __getattr__ = lazy(
     {
         "Accuracy": "store",
         "Analyzer": "analyzer",
+        "Calibration": "calibration",
+        "CalibrationError": "calibration",
         "Card": "store",
         "CorrelationLibrary": "correlation",
+        "Measured": "calibration",
         "ModelNotFoundError": "store",
         "ModelRefusedError": "store",
         "ModelStore": "store",
         "NanobeamNN": "networks",
         "Sensitivity": "systematics",
         "SeparableNet": "networks",
+        "calibrate": "calibration",
         "correlation_fit": "correlation",
+        "refine": "refine",
         "sensitivity": "systematics",
     },
 )

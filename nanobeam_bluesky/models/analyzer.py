@@ -2,34 +2,58 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.ndimage import distance_transform_edt
 
 from nanobeam_bluesky.geometry import Geometry
-from nanobeam_bluesky.models.correlation import CorrelationLibrary, correlation_fit, default_library
-from nanobeam_bluesky.models.estimates import Estimates, Flag
+from nanobeam_bluesky.models.correlation import RANGES, correlation_fit, default_library
+from nanobeam_bluesky.models.estimates import DEFAULT_FIT, MIN_COUNTS, Estimates, Flag
 from nanobeam_bluesky.models.networks import pick_device
-from nanobeam_bluesky.models.store import Card, ModelStore
+from nanobeam_bluesky.models.refine import checked_counts, refine
+from nanobeam_bluesky.models.store import (
+    Card,
+    ModelNotFoundError,
+    ModelRefusedError,
+    ModelStore,
+)
 
 __all__ = ["Analyzer"]
 
-Method = Literal["network", "correlation"]
+Method = Literal["refine", "network", "correlation"]
 
-MIN_COUNTS = 100
-"""At these the Cramér-Rao bound of ε is 7e-4, a seventh of the published half-range."""
 BATCH = 64
 """Patterns of one pass; the last batch is padded, so that a pattern's result does not
 depend on what came with it."""
-FALLBACK_STEPS = 21
-"""The correlation library of a live run: an eighth of the published one's patterns."""
+START_STEPS = 21
+"""The correlation library of a start: an eighth of the published one's patterns."""
+BEYOND_SIGMA = 3.0
+"""How far out of the range an estimate must lie to be flagged, σ: at the very edge every
+other pattern would be, otherwise."""
+
+logger = logging.getLogger("nanobeam_bluesky")
 
 
 class Analyzer:
-    """Patterns in, `Estimates` out, for one geometry. Make it with `for_geometry`."""
+    """Patterns in, `Estimates` out, for one geometry. Make it with `for_geometry`.
+
+    Parameters
+    ----------
+    geometry
+        The geometry.
+    network, card
+        A trained network and its card; the correlation fit without.
+    fit
+        What `refine` takes as unknown; no refinement without.
+    device
+        Torch device of the network.
+    """
 
     def __init__(
         self,
@@ -37,21 +61,27 @@ class Analyzer:
         *,
         network: torch.nn.Module | None = None,
         card: Card | None = None,
-        library: CorrelationLibrary | None = None,
+        fit: Sequence[str] = (),
         device: str = "cpu",
     ) -> None:
         self.geometry = geometry
         self.card = card
+        self.fit = tuple(fit)
         self.device = device
         self._network = None if network is None else network.to(device).eval()
-        self._library = library
+        self._library = default_library(geometry, START_STEPS) if network is None else None
+        mask = geometry.pattern_mask
+        self._mask = mask if mask.any() else None
+        # where a network or a library wants a value, the nearest good pixel's is the likeliest
+        self._nearest = distance_transform_edt(mask, return_distances=False, return_indices=True)
 
     @classmethod
     def for_geometry(
         cls,
         geometry: Geometry,
         *,
-        method: Method = "network",
+        method: Method = "refine",
+        fit: Sequence[str] = DEFAULT_FIT,
         store: ModelStore | None = None,
         device: str = "auto",
     ) -> Analyzer:
@@ -62,36 +92,56 @@ class Analyzer:
         geometry
             The geometry.
         method
-            "network": the trained one of this geometry. "correlation": the correlation
-            fit, for which nothing needs to be trained.
+            "refine": maximum likelihood, started by the network of this geometry, or of the
+            same without blur, or by the correlation fit where none is trained. "network":
+            the network alone. "correlation": the correlation fit alone.
+        fit
+            What `refine` takes as unknown, e.g. "thickness" too.
         store
             Where networks are; the user's store by default.
         device
-            Torch device; "auto" takes an accelerator where there is one.
+            Torch device of the network; "auto" takes an accelerator where there is one.
 
         Raises
         ------
         ModelNotFoundError, ModelRefusedError
-            If there is no network, or not a sound one.
+            If the method is "network" and there is none, or not a sound one.
         """
+        if method not in get_args(Method):
+            raise ValueError(f"method = {method!r} must be one of {get_args(Method)}")
         if method == "correlation":
-            library = default_library(geometry, FALLBACK_STEPS)
-            return cls(geometry, library=library)
-        if method != "network":
-            raise ValueError(f"method = {method!r} must be 'network' or 'correlation'")
-        network, card = (store or ModelStore()).load(geometry)
-        return cls(geometry, network=network, card=card, device=pick_device(device))
+            return cls(geometry)
+        store = store or ModelStore()
+        device = pick_device(device)
+        if method == "network":
+            network, card = store.load(geometry)
+            return cls(geometry, network=network, card=card, device=device)
+        for blur in dict.fromkeys((geometry.pupil_blur_px, 0.0)):
+            near = geometry.model_copy(update={"pupil_blur_px": blur})
+            try:
+                network, card = store.load(near)
+            except ModelNotFoundError:
+                continue
+            except ModelRefusedError as error:
+                logger.warning("%s; starting from the correlation fit", error)
+                break
+            return cls(geometry, network=network, card=card, fit=fit, device=device)
+        return cls(geometry, fit=fit)
 
     @property
     def settings(self) -> dict[str, Any]:
         """Provenance: what determines the results, beside geometry and patterns."""
         if self.card is None:
-            return {"method": "correlation", "steps": FALLBACK_STEPS}
-        return {
-            "method": "network",
-            "architecture": self.card.architecture,
-            "weights_hash": self.card.sha256,
-        }
+            start: dict[str, Any] = {"start": "correlation", "steps": START_STEPS}
+        else:
+            start = {
+                "start": "network",
+                "architecture": self.card.architecture,
+                "weights_hash": self.card.sha256,
+            }
+        if self.fit:
+            return {"method": "refine", "fit": list(self.fit)} | start
+        return {"method": start.pop("start")} | start
 
     def process(self, patterns: NDArray[Any]) -> Estimates:
         """Estimate strain and tilts.
@@ -99,47 +149,46 @@ class Analyzer:
         Parameters
         ----------
         patterns
-            (n, ny, nx), counts, of the geometry's `pattern_shape`.
+            (n, ny, nx), counts, of the geometry's `pattern_shape`; pixels of its mask are
+            not looked at.
 
         Returns
         -------
         Estimates
-            n points. A pattern with NaN, infinite or negative pixels is flagged MISFIT and
-            has no values, one with less than `MIN_COUNTS` counts FEW_COUNTS, one outside
-            the network's range OUT_OF_RANGE (the correlation fit never leaves its library).
-            σ is the network's error at these counts, as measured on patterns that it was
-            not trained on; the correlation fit has none.
+            n points. Flags: MISFIT where a pixel is negative or not finite (no values), else
+            as of `refine`; FEW_COUNTS below `MIN_COUNTS` counts; OUT_OF_RANGE where an
+            estimate lies 3 σ out of the network's or the library's range. Without refinement
+            σ is the network's error at these counts, as measured on patterns that it was not
+            trained on; the correlation fit has none.
 
         Raises
         ------
         ValueError
             If the array does not have this shape, or does not hold numbers.
         """
-        patterns = np.asarray(patterns)
-        ny, nx = self.geometry.pattern_shape
-        if patterns.ndim != 3 or patterns.shape[1:] != (ny, nx):
-            raise ValueError(f"patterns of shape {patterns.shape}: expected (n, {ny}, {nx})")
-        if patterns.dtype.kind not in "uifb":
-            raise ValueError(f"patterns of type {patterns.dtype}: expected numbers")
-        with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is flagged
-            patterns = patterns.astype(np.float32, copy=False)
-            counts = patterns.sum(axis=(1, 2), dtype=np.float64)
-        bad = ~np.isfinite(counts) | (patterns.min(axis=(1, 2), initial=0) < 0)
-        if bad.any():
-            patterns = np.where(bad[:, None, None], np.float32(0), patterns)
-        few = ~bad & (counts < MIN_COUNTS)
-        estimates = self._correlate(patterns) if self._network is None else self._infer(patterns)
-        flags = np.where(few, int(Flag.FEW_COUNTS), 0)
-        flags |= np.where(self._outside(estimates) & ~few, int(Flag.OUT_OF_RANGE), 0)
-        estimates = replace(estimates, counts=counts, flags=flags.astype(np.int64))
-        estimates = estimates.put(bad, Estimates.empty(int(bad.sum()), Flag.MISFIT))
-        return self._with_sigma(estimates) if self.card is not None else estimates
+        counts, broken, _ = checked_counts(patterns, self.geometry, self._mask)
+        shown = counts
+        if broken.any():
+            shown = np.where(broken[:, None, None], np.float32(0), shown)
+        if self._mask is not None:
+            shown = shown[:, *self._nearest]
+        estimates = self._start(shown)
+        if self.fit:
+            estimates = refine(patterns, estimates, self.geometry, fit=self.fit, mask=self._mask)
+            flags = estimates.flags
+        else:
+            flags = np.where(counts.sum(axis=(1, 2)) < MIN_COUNTS, int(Flag.FEW_COUNTS), 0)
+            estimates = replace(estimates, counts=counts.sum(axis=(1, 2), dtype=np.float64))
+            if self.card is not None:
+                estimates = self._with_sigma(estimates, self.card)
+        blank = (flags & Flag.FEW_COUNTS) > 0
+        flags = flags | np.where(self._outside(estimates) & ~blank, int(Flag.OUT_OF_RANGE), 0)
+        estimates = replace(estimates, flags=flags.astype(np.int64))
+        return estimates.put(broken, Estimates.empty(int(broken.sum()), Flag.MISFIT))
 
-    def _correlate(self, patterns: NDArray[np.float32]) -> Estimates:
-        return correlation_fit(patterns, self.geometry, library=self._library)
-
-    def _infer(self, patterns: NDArray[np.float32]) -> Estimates:
-        assert self._network is not None
+    def _start(self, patterns: NDArray[np.float32]) -> Estimates:
+        if self._network is None:
+            return correlation_fit(patterns, self.geometry, library=self._library)
         n = len(patterns)
         found = np.empty((n, 3))
         with torch.inference_mode():
@@ -153,21 +202,20 @@ class Analyzer:
         return replace(Estimates.empty(n), strain=strain, omega=omega, chi=chi)
 
     def _outside(self, estimates: Estimates) -> NDArray[np.bool_]:
-        if self.card is None:
-            return np.zeros(len(estimates), dtype=bool)
         outside = np.zeros(len(estimates), dtype=bool)
-        for name, limit in self.card.ranges.items():
-            outside |= ~(np.abs(getattr(estimates, name)) <= limit)
+        for name, limit in (RANGES if self.card is None else self.card.ranges).items():
+            tolerance = BEYOND_SIGMA * np.nan_to_num(getattr(estimates, f"{name}_sigma"))
+            outside |= ~(np.abs(getattr(estimates, name)) <= limit + tolerance)
         return outside
 
-    def _with_sigma(self, estimates: Estimates) -> Estimates:
+    @staticmethod
+    def _with_sigma(estimates: Estimates, card: Card) -> Estimates:
         """Interpolate the card's errors in log counts; beyond them, as the root of counts."""
-        assert self.card is not None
-        levels = np.log([a.counts for a in self.card.accuracy])
+        levels = np.log([a.counts for a in card.accuracy])
         log_counts = np.log(np.maximum(estimates.counts, 1))
         sigma = {}
-        for name in self.card.ranges:
-            errors = np.log([a.rmse[name] for a in self.card.accuracy])
+        for name in card.ranges:
+            errors = np.log([a.rmse[name] for a in card.accuracy])
             below = np.maximum(levels[0] - log_counts, 0) / 2
             sigma[f"{name}_sigma"] = np.exp(np.interp(log_counts, levels, errors) + below)
         return replace(estimates, **sigma)

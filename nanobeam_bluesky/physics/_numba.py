@@ -15,7 +15,16 @@ _CHUNK = 64  # patterns that are worth a task of their own, about 2 ms
 
 def kernel(function: F) -> F:
     """Compile `function` without the GIL, cached on disk where that is possible."""
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+    return _compiled(function, {"contract"})
+
+
+def summing_kernel(function: F) -> F:
+    """Compile like `kernel`, but sums of numbers may be taken in any order, several at a time."""
+    return _compiled(function, {"contract", "reassoc", "nsz", "nnan"})
+
+
+def _compiled(function: F, fastmath: set[str]) -> F:
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": fastmath}
     try:
         compiled = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # neither the installation nor the user's cache folder is writable

@@ -19,6 +19,7 @@ from nanobeam_bluesky.physics.continuous import (
     shifts,
 )
 from nanobeam_bluesky.physics.forward import columns
+from nanobeam_bluesky.physics.likelihood import poisson_sums
 
 PARAMETERS = ("strain", "omega", "chi", "thickness", "scale", "background")
 """What can be fitted; 1, deg, deg, nm, counts at the library's peak, counts per pixel."""
@@ -84,7 +85,7 @@ def fisher_information(
     plan = continuous_plan(geometry)
     dx, dy, dq = shifts(plan, strain, omega, chi, tilt_reciprocal=tilt_reciprocal)
     raw = np.empty((strain.size, 6, 6))
-    used = np.ascontiguousarray(~mask.T)
+    used = np.ascontiguousarray(~mask.T, dtype=np.float64)
     in_threads(
         lambda part: _accumulate(
             plan, dx[part], dy[part], dq[part], scale[part], background[part], used, raw[part]
@@ -141,29 +142,16 @@ def _accumulate(
     dq: NDArray[np.floating[Any]],
     scale: NDArray[np.floating[Any]],
     background: NDArray[np.floating[Any]],
-    used: NDArray[np.bool_],
+    used: NDArray[np.float64],
     out: NDArray[np.float64],
 ) -> None:
     """Fill out (n, 6, 6) for (shift_x, shift_y, dq, thickness/Å, scale, background)."""
     nx, ny = used.shape
-    channels = np.empty((5, nx, ny))
-    slope = np.empty(6)
+    channels, nothing = np.empty((5, nx, ny)), np.zeros((nx, ny))
+    work, bits, score = np.empty((13, ny)), np.empty((2, ny), np.int32), np.empty(6)
     for i in range(out.shape[0]):
         pattern_channels(plan, shift_x[i], shift_y[i], dq[i], plan.thickness, channels)
-        out[i] = 0
-        for x in range(nx):
-            for y in range(ny):
-                value = channels[0, x, y]
-                expected = scale[i] * value + background[i]
-                if not used[x, y] or expected <= _DARK * scale[i]:
-                    continue
-                for k in range(4):
-                    slope[k] = scale[i] * channels[k + 1, x, y]
-                slope[4], slope[5] = value, 1.0
-                for a in range(6):
-                    weight = slope[a] / expected
-                    for b in range(a + 1):
-                        out[i, a, b] += weight * slope[b]
-        for a in range(6):
-            for b in range(a):
-                out[i, b, a] = out[i, a, b]
+        dark = _DARK * scale[i]
+        poisson_sums(
+            channels, scale[i], background[i], nothing, used, dark, work, bits, out[i], score
+        )

@@ -245,7 +245,7 @@ def test_the_derived_run_says_where_it_comes_from(engine, geometry):
     start, descriptor = run[0][1], run[1][1]
     assert start["sample"] == "film 7"
     assert start["shape"] == [4, 5]
-    assert start["nanobeam"]["analyzer"]["method"] == "network"
+    assert start["nanobeam"]["analyzer"]["method"] == "refine"
     assert Geometry.model_validate(start["nanobeam"]["geometry"]) == geometry
     assert start["nanobeam"]["roi"] == geometry.roi.model_dump()
     configuration = descriptor["configuration"]["nanobeam"]["data"]
@@ -470,10 +470,10 @@ def test_a_sink_that_fails_is_counted_and_disturbs_no_other(engine, callback):
 
 
 @pytest.mark.parametrize(
-    ("policy", "status", "method"),
+    ("policy", "status", "start"),
     [("fit", "success", "correlation"), ("skip", "fail", None)],
 )
-def test_without_a_network_the_policy_decides(RE, geometry, tmp_path, policy, status, method):
+def test_without_a_network_the_policy_decides(RE, geometry, tmp_path, policy, status, start):
     callback = NanobeamCallback(on_missing_model=policy)
     documents = []
     callback.subscribe(lambda name, doc: documents.append((name, doc)))
@@ -482,9 +482,9 @@ def test_without_a_network_the_policy_decides(RE, geometry, tmp_path, policy, st
     assert callback.wait(60)
     callback.close()
     assert documents[-1][1]["exit_status"] == status
-    if method:
+    if start:
         analyzer = documents[0][1]["nanobeam"]["analyzer"]
-        assert (analyzer["method"], analyzer["network"]) == (method, "none")
+        assert (analyzer["method"], analyzer["start"]) == ("refine", start)
     else:
         assert "nanobeam train" in documents[-1][1]["reason"]
 
@@ -517,8 +517,8 @@ def test_a_network_trained_meanwhile_is_used_by_the_next_scan(RE, geometry, tmp_
     RE(sxdm_fly(sxdm), callback)
     assert callback.wait(60)
     callback.close()
-    methods = [start["nanobeam"]["analyzer"]["method"] for start in starts]
-    assert methods == ["correlation", "network"]
+    first, second = (start["nanobeam"]["analyzer"]["start"] for start in starts)
+    assert (first, second) == ("correlation", "network")
 
 
 def test_a_closed_callback_takes_nothing_more():

@@ -28,7 +28,7 @@ def test_trained_network_is_stored_and_found(geometry, tmp_path):
     store = ModelStore(tmp_path)
     store.save(network, card)
     patterns = torch.rand(3, *geometry.pattern_shape) * 20
-    analyzer = Analyzer.for_geometry(geometry, store=store, device="cpu")
+    analyzer = Analyzer.for_geometry(geometry, method="network", store=store, device="cpu")
     with torch.inference_mode():
         expected = network(patterns[:, None]).numpy()
     estimates = analyzer.process(patterns.numpy())

@@ -1,0 +1,571 @@
+"""`refine`: the most likely strain and tilts of a pattern, with honest error bars.
+
+Poisson maximum likelihood of the continuous model by Fisher scoring, pattern by pattern, in
+the coordinates in which a pattern is simplest: where the pupil lies on the detector
+(shift_x, shift_y) and how far the film is off its Bragg condition (dq).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanobeam_bluesky.geometry import Geometry
+from nanobeam_bluesky.models.estimates import DEFAULT_FIT, MIN_COUNTS, Estimates, Flag
+from nanobeam_bluesky.physics._numba import in_threads, kernel
+from nanobeam_bluesky.physics.continuous import (
+    ContinuousPlan,
+    continuous_plan,
+    pattern_channels,
+    shift_derivatives,
+    shifts,
+)
+from nanobeam_bluesky.physics.likelihood import deviance_moments, goodness, poisson_sums
+
+__all__ = ["refine"]
+
+Floats = NDArray[np.floating[Any]]
+
+_ALWAYS = DEFAULT_FIT[:4]
+_OPTIONAL = ("background", "thickness", "blur")
+
+# order of the kernel's parameters; lengths in binned pixels, dq in Å⁻¹, thickness in Å
+_X, _Y, _DQ, _THICKNESS, _BLUR, _SCALE, _BACKGROUND = range(7)
+_P = 7
+
+_EVALUATIONS = 30
+_CLOSE = 0.02  # squared distance to the maximum, in σ, from which the last step is taken
+_FAINT = 1e-6  # least background, in units of the scale: what a blurred rim ends in
+_STEP_PX = 4.0  # longest step of a shift
+_STEP_FRINGE = 0.25  # longest step of t dq / 2π
+_STEP_PART = 0.25  # longest step of thickness and blur, of their value
+_THICKNESS_RANGE = (0.25, 4.0)  # of the geometry's
+_BLUR_NODES = (0.7, 0.9, 1.1, 1.3)  # blurs that are computed, of the geometry's; cubic between
+
+# A valid pattern passes each with 99.9 %, a better one than the must of all together
+_LARGEST_DEVIANCE = 4.0
+_LARGEST_PIXEL = 30.0  # deviance of one: 5.5 σ
+_LEAST_SIGNAL = 6.0  # of the scale, in σ: below, a fit to mere background is no surprise
+_LARGEST_SCORE = 3.3  # of the thickness, in σ …
+_THICKNESS_OFF = 0.1  # … where it also is off by this part
+_MODEL_ERROR = 0.05  # no misfit below this root mean square error of the model
+
+
+class Fitted(NamedTuple):
+    """What the kernel finds, in the order of its parameters; arrays of length n."""
+
+    values: NDArray[np.float64]  # (n, 7)
+    covariance: NDArray[np.float64]  # (n, 7, 7), 0 for what is not fitted
+    quality: NDArray[np.float64]
+    """(n, 6): deviance, its expectation and variance, a pixel's largest, thickness score in σ
+    and the change of thickness that it asks for, of its value."""
+    converged: NDArray[np.bool_]
+
+
+def refine(
+    patterns: NDArray[Any],
+    start: Estimates,
+    geometry: Geometry,
+    *,
+    fit: Sequence[str] = DEFAULT_FIT,
+    mask: NDArray[np.bool_] | None = None,
+) -> Estimates:
+    """Maximise the Poisson likelihood of the continuous model, from a first estimate.
+
+    Parameters
+    ----------
+    patterns
+        (n, ny, nx), counts.
+    start
+        First estimates of strain, ω and χ, n points; those of a network or of
+        `correlation_fit`. Where one is not finite, the fit starts from zero.
+    geometry
+        The geometry.
+    fit
+        "strain", "omega", "chi", "scale", and of "background", "thickness" and "blur" what
+        is unknown too. Otherwise there is no background, and thickness and blur are the
+        geometry's. The blur is found within 0.7 to 1.3 of the geometry's.
+    mask
+        True for pixels to leave out, (ny, nx) or (n, ny, nx).
+
+    Returns
+    -------
+    Estimates
+        n points. σ is the root of the inverse Fisher information's diagonal, everything
+        in `fit` unknown. Flags: FEW_COUNTS below `MIN_COUNTS` counts, where the start is
+        kept, and where there is nothing but background; NOT_CONVERGED; MISFIT where deviance,
+        a single pixel or the thickness tells that the model cannot make this pattern, where
+        there are fractions of counts, and where pixels are negative or not finite (no values).
+
+    Raises
+    ------
+    ValueError
+        If the arrays do not fit together, or `fit` names what cannot be fitted.
+
+    Notes
+    -----
+    Source of the model: Luo et al., Sci. Rep. (2025), doi 10.1038/s41598-025-97183-0.
+    Fisher scoring: Newton steps with the expected instead of the observed information,
+    damped (Levenberg) where a step would not raise the likelihood.
+    """
+    counts, broken, fractional = checked_counts(patterns, geometry, mask)
+    if len(start) != len(counts):
+        raise ValueError(f"start has {len(start)} points for {len(counts)} patterns")
+    ny, nx = geometry.pattern_shape
+    used = np.ones((1, ny, nx), np.float32)
+    if mask is not None:
+        used = (~mask).astype(np.float32).reshape(-1, ny, nx)
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = counts.sum(axis=(1, 2), dtype=np.float64)
+    lit = (total >= MIN_COUNTS) & ~broken
+    plan = continuous_plan(geometry)
+    strain, omega, chi = (
+        np.where(np.isfinite(v), v, 0.0) for v in (start.strain, start.omega, start.chi)
+    )
+    strain = np.clip(strain, -0.5, 1)
+    fitted = fit_shifts(counts, np.stack(shifts(plan, strain, omega, chi), 1), geometry,
+                        fit=fit, used=used, which=lit)  # fmt: skip
+    estimates = _estimates(fitted, plan, fit, total, lit, start)
+    flags = estimates.flags | np.where(fractional, int(Flag.MISFIT), 0)
+    estimates = replace(estimates, flags=flags)
+    return estimates.put(broken, Estimates.empty(int(broken.sum()), Flag.MISFIT))
+
+
+def fit_shifts(
+    counts: NDArray[np.float32],
+    start: Floats,
+    geometry: Geometry,
+    *,
+    fit: Sequence[str],
+    used: NDArray[np.float32],
+    which: NDArray[np.bool_],
+) -> Fitted:
+    """Fit in the kernel's own parameters.
+
+    Parameters
+    ----------
+    counts
+        (n, ny, nx).
+    start
+        (n, 3), shift_x, shift_y, dq.
+    geometry, fit
+        As for `refine`.
+    used
+        (n or 1, ny, nx), 1 or 0.
+    which
+        (n,), the patterns to fit.
+    """
+    unknown = set(fit) - {*_ALWAYS, *_OPTIONAL}
+    missing = [name for name in _ALWAYS if name not in fit]
+    if unknown or missing:
+        raise ValueError(
+            f"fit = {tuple(fit)}: must hold {_ALWAYS} and may hold {_OPTIONAL}"
+            + (f"; {missing} missing" if missing else "")
+        )
+    plans, blurs = _plans(geometry, "blur" in fit)
+    free = np.ones(_P, np.bool_)
+    free[_THICKNESS] = "thickness" in fit
+    free[_BLUR] = "blur" in fit
+    free[_BACKGROUND] = "background" in fit
+    n = len(counts)
+    values = np.zeros((n, _P))
+    values[:, :3] = start
+    values[:, _THICKNESS] = plans[0].thickness
+    values[:, _BLUR] = geometry.pupil_blur_px
+    covariance = np.zeros((n, _P, _P))
+    quality = np.full((n, 6), np.nan)
+    converged = np.zeros(n, np.bool_)
+    indices = np.flatnonzero(which)
+    moments = deviance_moments()
+    in_threads(
+        lambda part: _fit(
+            plans, blurs, indices[part], counts, used, free, moments,
+            values, covariance, quality, converged,
+        ),
+        len(indices),
+    )  # fmt: skip
+    return Fitted(values, covariance, quality, converged)
+
+
+def checked_counts(
+    patterns: NDArray[Any], geometry: Geometry, mask: NDArray[np.bool_] | None
+) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Check patterns and mask, as of `refine`.
+
+    Returns
+    -------
+    counts
+        (n, ny, nx), 0 under the mask.
+    broken, fractional
+        (n,), whether a pixel is negative or not finite, or not a whole number.
+    """
+    patterns = np.asarray(patterns)
+    ny, nx = geometry.pattern_shape
+    if patterns.ndim != 3 or patterns.shape[1:] != (ny, nx):
+        raise ValueError(f"patterns of shape {patterns.shape}: expected (n, {ny}, {nx})")
+    if patterns.dtype.kind not in "uifb":
+        raise ValueError(f"patterns of type {patterns.dtype}: expected numbers")
+    if mask is not None and (
+        mask.dtype != np.bool_ or mask.shape not in ((ny, nx), patterns.shape)
+    ):
+        raise ValueError(
+            f"mask of type {mask.dtype} and shape {mask.shape}: expected bool, ({ny}, {nx}) "
+            f"or {patterns.shape}"
+        )
+    with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is flagged
+        counts = patterns.astype(np.float32, copy=False)
+        if mask is not None:
+            counts = np.where(mask, np.float32(0), counts)
+        broken = np.any(~(np.isfinite(counts) & (counts >= 0)), axis=(1, 2))
+        fractional = np.any(np.rint(counts) != counts, axis=(1, 2))
+    return counts, broken, fractional
+
+
+def _estimates(
+    fitted: Fitted,
+    plan: ContinuousPlan,
+    fit: Sequence[str],
+    total: NDArray[np.float64],
+    lit: NDArray[np.bool_],
+    start: Estimates,
+) -> Estimates:
+    """From the kernel's parameters to `Estimates`."""
+    values = fitted.values
+    strained = plan.g + values[:, _X] * plan.dq_px - values[:, _DQ]
+    strain = plan.g / strained - 1
+    omega = np.degrees(values[:, _X] / (strained * plan.omega_px))
+    chi = np.degrees(values[:, _Y] / (strained * plan.chi_px))
+    inverse = np.linalg.inv(shift_derivatives(plan, strain, omega, chi))
+    variance = np.einsum("nij,njk,nik->ni", inverse, fitted.covariance[:, :4, :4], inverse)
+    with np.errstate(invalid="ignore"):
+        sigma = np.where(variance > 0, np.sqrt(variance), np.nan)
+    deviance, expected, spread, largest, score, change = fitted.quality.T
+    excess = deviance - expected
+    normalised = excess / np.sqrt(spread)
+    misfit = (
+        ((normalised > _LARGEST_DEVIANCE) & (excess > _MODEL_ERROR**2 * total))
+        | (largest > _LARGEST_PIXEL)
+        | ((np.abs(score) > _LARGEST_SCORE) & (np.abs(change) > _THICKNESS_OFF))
+    )
+    faint = values[:, _SCALE] < _LEAST_SIGNAL * np.sqrt(fitted.covariance[:, _SCALE, _SCALE])
+    flags = np.where(lit & ~faint, 0, int(Flag.FEW_COUNTS))
+    flags |= np.where(lit & ~fitted.converged, int(Flag.NOT_CONVERGED), 0)
+    flags |= np.where(lit & misfit, int(Flag.MISFIT), 0)
+
+    def where_lit(value: NDArray[np.float64], otherwise: Any = np.nan) -> NDArray[np.float64]:
+        return np.where(lit, value, otherwise)
+
+    thickness = "thickness" in fit
+    nothing = np.full(len(lit), np.nan)
+    return Estimates(
+        strain=where_lit(strain, start.strain),
+        strain_sigma=where_lit(sigma[:, 0]),
+        omega=where_lit(omega, start.omega),
+        omega_sigma=where_lit(sigma[:, 1]),
+        chi=where_lit(chi, start.chi),
+        chi_sigma=where_lit(sigma[:, 2]),
+        thickness=where_lit(values[:, _THICKNESS] / 10) if thickness else nothing,
+        thickness_sigma=where_lit(sigma[:, 3]) if thickness else nothing,
+        counts=total,
+        background=where_lit(values[:, _BACKGROUND]),
+        deviance=where_lit(normalised),
+        flags=flags.astype(np.int64),
+    )
+
+
+@lru_cache(maxsize=4)
+def _plans(
+    geometry: Geometry, fit_blur: bool
+) -> tuple[tuple[ContinuousPlan, ...], NDArray[np.float64]]:
+    """Plans of the blurs between which the model is interpolated, and these blurs."""
+    if not fit_blur:
+        return (continuous_plan(geometry),), np.array([geometry.pupil_blur_px])
+    if geometry.pupil_blur_px == 0:
+        raise ValueError(
+            "fit holds 'blur', but the geometry's pupil_blur_px is 0; give a first value, e.g. 0.5"
+        )
+    blurs = np.array([node * geometry.pupil_blur_px for node in _BLUR_NODES])
+    plans = [
+        continuous_plan(geometry.model_copy(update={"pupil_blur_px": float(blur)}))
+        for blur in blurs
+    ]
+    return tuple(plans), blurs
+
+
+# ------------------------------------------------------------------------ the kernel
+
+
+@kernel
+def _model(
+    plans: tuple[ContinuousPlan, ...],
+    blurs: Floats,
+    values: Floats,
+    channels: Floats,
+    one: Floats,
+) -> None:
+    """Fill channels (6, nx, ny): the pattern and its derivatives by the first five values."""
+    if len(plans) == 1:
+        pattern_channels(
+            plans[0], values[_X], values[_Y], values[_DQ], values[_THICKNESS], channels[:5]
+        )
+        return
+    channels[:] = 0
+    blur = values[_BLUR]
+    for i in range(len(plans)):
+        # Lagrange's polynomial and its slope
+        weight, slope = 1.0, 0.0
+        for j in range(len(plans)):
+            if j != i:
+                step = 1 / (blurs[i] - blurs[j])
+                slope = slope * (blur - blurs[j]) * step + weight * step
+                weight *= (blur - blurs[j]) * step
+        pattern_channels(plans[i], values[_X], values[_Y], values[_DQ], values[_THICKNESS], one)
+        for x in range(one.shape[1]):
+            for y in range(one.shape[2]):
+                for k in range(5):
+                    channels[k, x, y] += weight * one[k, x, y]
+                channels[5, x, y] += slope * one[0, x, y]
+
+
+@kernel
+def _solve(
+    information: Floats, score: Floats, free: NDArray[np.bool_], damping: float,
+    factor: Floats, step: Floats,
+) -> bool:  # fmt: skip
+    """Solve (information + damping · its diagonal) step = score for the free parameters.
+
+    Leaves the Cholesky factor of the free block in `factor` (rows of the others are zero);
+    False where there is none.
+    """
+    step[:] = 0
+    factor[:] = 0
+    for a in range(_P):
+        if not free[a]:
+            continue
+        for b in range(a + 1):
+            if not free[b]:
+                continue
+            value = information[a, b] * (1 + damping if a == b else 1.0)
+            for k in range(b):
+                value -= factor[a, k] * factor[b, k]
+            if a > b:
+                factor[a, b] = value / factor[b, b]
+            elif value > 1e-12 * information[a, a]:
+                factor[a, a] = math.sqrt(value)
+            else:
+                return False
+    for a in range(_P):
+        if free[a]:
+            value = score[a]
+            for k in range(a):
+                value -= factor[a, k] * step[k]
+            step[a] = value / factor[a, a]
+    for a in range(_P - 1, -1, -1):
+        if free[a]:
+            value = step[a]
+            for k in range(a + 1, _P):
+                value -= factor[k, a] * step[k]
+            step[a] = value / factor[a, a]
+    return True
+
+
+@kernel
+def _invert(factor: Floats, free: NDArray[np.bool_], out: Floats) -> None:
+    """Inverse of the matrix whose Cholesky factor `_solve` left; 0 for what is not free."""
+    inverse = np.zeros((_P, _P))  # of the factor
+    for a in range(_P):
+        if not free[a]:
+            continue
+        inverse[a, a] = 1 / factor[a, a]
+        for b in range(a):
+            if free[b]:
+                value = 0.0
+                for k in range(b, a):
+                    value += factor[a, k] * inverse[k, b]
+                inverse[a, b] = -value / factor[a, a]
+    for a in range(_P):
+        for b in range(_P):
+            value = 0.0
+            for k in range(max(a, b), _P):
+                value += inverse[k, a] * inverse[k, b]
+            out[a, b] = value
+
+
+@kernel
+def _first_brightness(
+    pattern: Floats, counts: Floats, used: Floats, background: bool, values: Floats
+) -> bool:
+    """Scale and background from the pixels that the model says are lit, and the dark ones."""
+    peak = 0.0
+    for x in range(pattern.shape[0]):
+        for y in range(pattern.shape[1]):
+            peak = max(peak, pattern[x, y])
+    light = lit = dark = 0.0
+    n_lit = n_dark = 0
+    for x in range(pattern.shape[0]):
+        for y in range(pattern.shape[1]):
+            if used[x, y] == 0:
+                continue
+            if pattern[x, y] > 0.02 * peak:
+                light += pattern[x, y]
+                lit += counts[x, y]
+                n_lit += 1
+            else:
+                dark += counts[x, y]
+                n_dark += 1
+    if light <= 0:
+        return False
+    floor = dark / n_dark if n_dark > 0 else 0.0
+    if not background:
+        floor = 0.0
+    scale = (lit - floor * n_lit) / light
+    if scale <= 0:
+        scale = (lit + dark) / light
+    values[_SCALE] = scale
+    values[_BACKGROUND] = max(floor, _FAINT * scale)
+    return True
+
+
+@kernel
+def _advance(
+    plan: ContinuousPlan, blurs: Floats, values: Floats, step: Floats, trial: Floats
+) -> None:
+    """Fill trial with values + step, shortened where it is too long and kept within bounds."""
+    longest = max(abs(step[_X]), abs(step[_Y])) / _STEP_PX
+    longest = max(longest, abs(step[_DQ]) * values[_THICKNESS] / (2 * math.pi) / _STEP_FRINGE)
+    longest = max(longest, abs(step[_THICKNESS]) / (_STEP_PART * values[_THICKNESS]))
+    if values[_BLUR] > 0:
+        longest = max(longest, abs(step[_BLUR]) / (_STEP_PART * values[_BLUR]))
+    part = 1 / max(longest, 1.0)
+    for a in range(_P):
+        trial[a] = values[a] + part * step[a]
+    low, high = _THICKNESS_RANGE
+    trial[_THICKNESS] = min(max(trial[_THICKNESS], low * plan.thickness), high * plan.thickness)
+    trial[_BLUR] = min(max(trial[_BLUR], blurs[0]), blurs[-1])
+    trial[_SCALE] = max(trial[_SCALE], values[_SCALE] / 4)
+    trial[_BACKGROUND] = max(trial[_BACKGROUND], _FAINT * trial[_SCALE])
+
+
+@kernel
+def _spread(short: Floats, full: Floats) -> None:
+    """Copy (…, scale, background) to the kernel's order of parameters."""
+    n = short.size - 2
+    full[:n] = short[:n]
+    full[_SCALE:] = short[n:]
+
+
+@kernel
+def _fit(
+    plans: tuple[ContinuousPlan, ...],
+    blurs: Floats,
+    indices: NDArray[np.int64],
+    patterns: NDArray[np.float32],
+    masks: NDArray[np.float32],
+    free: NDArray[np.bool_],
+    moments: Floats,
+    values: Floats,
+    covariance: Floats,
+    quality: Floats,
+    converged: NDArray[np.bool_],
+) -> None:
+    """Fit the patterns with these indices; their rows of the last four arrays are filled."""
+    ny, nx = patterns.shape[1:]
+    blurred = len(plans) > 1
+    k = 6 if blurred else 5
+    channels, one = np.zeros((k, nx, ny)), np.zeros((5 if blurred else 0, nx, ny))
+    work, bits = np.empty((2 * k + 3, ny)), np.empty((2, ny), np.int32)
+    small, small_score = np.empty((k + 1, k + 1)), np.empty(k + 1)
+    information, score, together = np.zeros((_P, _P)), np.zeros(_P), np.zeros(_P)
+    counts, used = np.empty((nx, ny)), np.empty((nx, ny))
+    factor, step = np.zeros((_P, _P)), np.zeros(_P)
+    trial, now = np.zeros(_P), np.zeros(_P)
+    moving = np.zeros(_P, np.bool_)
+    for i in indices:
+        mask = masks[i if masks.shape[0] > 1 else 0]
+        for x in range(nx):
+            for y in range(ny):
+                used[x, y] = mask[y, x]
+                counts[x, y] = patterns[i, y, x]
+        trial[:] = values[i]
+        _model(plans, blurs, trial, channels, one)
+        if not _first_brightness(channels[0], counts, used, free[_BACKGROUND], trial):
+            continue
+        now[:] = trial
+        lowest, damping, decrement, length = np.inf, 0.0, np.inf, np.inf
+        current = True  # whether channels are those of `now`
+        for evaluation in range(_EVALUATIONS):
+            if evaluation > 0:
+                _model(plans, blurs, trial, channels, one)
+            likelihood = poisson_sums(
+                channels, trial[_SCALE], trial[_BACKGROUND], counts, used, 0.0,
+                work, bits, small, small_score,
+            )  # fmt: skip
+            current = likelihood <= lowest
+            if not current:
+                if length < _CLOSE:
+                    # as high as it gets: at a kink of the likelihood there is no flat top
+                    converged[i] = True
+                    trial[:] = now
+                    decrement = 0.0
+                    break
+                damping = max(10 * damping, 0.1)
+            else:
+                gain = lowest - likelihood
+                lowest, damping = likelihood, damping / 10 if damping > 0.01 else 0.0
+                now[:] = trial
+                _spread(small_score, score)
+                for a in range(k + 1):
+                    _spread(small[a], information[a if a < k - 1 else a + _P - k - 1])
+            moving[:] = free
+            if now[_BACKGROUND] <= 1.001 * _FAINT * now[_SCALE] and score[_BACKGROUND] < 0:
+                moving[_BACKGROUND] = False
+            if not _solve(information, score, moving, damping, factor, step):
+                break
+            _advance(plans[0], blurs, now, step, trial)
+            decrement = length = 0.0
+            for a in range(_P):
+                decrement += step[a] * score[a]
+                for b in range(_P):
+                    length += step[a] * information[a, b] * step[b]
+            if (damping == 0 and length < _CLOSE) or (current and gain < _CLOSE):
+                converged[i] = True
+                break
+        values[i] = trial if converged[i] else now
+        if not current:
+            _model(plans, blurs, now, channels, one)
+        deviance, mean, variance, largest = goodness(
+            channels, now[_SCALE], now[_BACKGROUND], counts, used, moments, work, bits,
+            small_score,
+        )  # fmt: skip
+        _spread(small_score, together)
+        if _solve(information, together, moving, 0.0, factor, step):
+            for a in range(_P):
+                # the fit takes what of the deviance goes with its parameters, and one for each
+                variance -= step[a] * together[a]
+                mean -= moving[a]
+        quality[i, 0] = deviance - (decrement if converged[i] else 0.0)
+        quality[i, 1], quality[i, 2], quality[i, 3] = mean, variance, largest
+        if not converged[i]:
+            continue
+        if not free[_THICKNESS]:
+            # the score of the thickness beside what is fitted
+            column = information[:, _THICKNESS].copy()
+            _solve(information, column, moving, 0.0, factor, trial)
+            known, asked = information[_THICKNESS, _THICKNESS], score[_THICKNESS]
+            for a in range(_P):
+                if moving[a]:
+                    known -= trial[a] * column[a]
+                    asked -= trial[a] * score[a]
+            if known > 0:
+                quality[i, 4] = asked / math.sqrt(known)
+                quality[i, 5] = asked / known / now[_THICKNESS]
+        if _solve(information, score, free, 0.0, factor, step):
+            _invert(factor, free, covariance[i])
+        else:
+            converged[i] = False
