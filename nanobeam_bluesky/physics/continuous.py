@@ -242,12 +242,18 @@ def _blurred_pupil(geometry: Geometry, s: Floats, v: Floats) -> Floats:
 
         stop = interval(s, min(stop_x, outer_x)) * interval(v, min(stop_y, outer_y))
         return interval(s, outer_x) * interval(v, outer_y) - stop
+    return np.asarray(np.interp(np.hypot(s, v), *_ring_profile(outer_x, stop_x, blur)))
+
+
+@lru_cache(maxsize=16)
+def _ring_profile(outer: float, stop: float, blur: float) -> tuple[Floats, Floats]:
+    """Distances from the axis, and the transmission of a blurred ring at them."""
     # constant but for the rims
     steps = blur * np.linspace(-8, 8, 1601)
-    knots = np.unique(np.clip([outer_x + steps, stop_x + steps], 0, None))
+    knots = np.unique(np.clip([outer + steps, stop + steps], 0, None))
     nodes, weights = np.polynomial.legendre.leggauss(64)
     ring = np.zeros_like(knots)
-    for sign, r in ((1, outer_x), (-1, stop_x)):
+    for sign, r in ((1, outer), (-1, stop)):
         # P(|knot + noise| < r): the Rice distribution of the distance from the axis
         low = np.clip(knots - 8 * blur, 0, r)[:, None]
         high = np.clip(knots + 8 * blur, 0, r)[:, None]
@@ -255,7 +261,7 @@ def _blurred_pupil(geometry: Geometry, s: Floats, v: Floats) -> Floats:
         x = knots[:, None]
         density = rho / blur**2 * np.exp(-(((x - rho) / blur) ** 2) / 2) * i0e(x * rho / blur**2)
         ring += sign * (density * (high - low) / 2) @ weights
-    return np.asarray(np.interp(np.hypot(s, v), knots, ring))
+    return knots, ring
 
 
 @kernel
