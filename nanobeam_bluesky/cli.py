@@ -13,7 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
+import numpy as np
 import typer
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
@@ -160,6 +162,62 @@ def train(
     )
 
 
+@app.command()
+def calibrate(
+    frames: Annotated[
+        Path, typer.Option(help="Frames of the first rows of a scan: HDF5, or a NumPy .npy stack.")
+    ],
+    start: Start = None,
+    geometry: GeometryFile = None,
+    preset: Preset = "default",
+    dataset: Annotated[str, typer.Option(help="In the HDF5 file.")] = "/entry/data/data",
+    rows: Annotated[str, typer.Option(help="First frame and the one after the last.")] = "0:500",
+    reference: Annotated[
+        bool,
+        typer.Option(help="Move the Bragg centre: the film is unstrained and untilted on average."),
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="File for the corrected geometry (TOML).")
+    ] = None,
+) -> None:
+    """Find transposition, bad pixels, background, blur and thickness from a scan's patterns."""
+    chosen = _geometry(start, geometry, preset)
+
+    from nanobeam_bluesky.models import CalibrationError
+    from nanobeam_bluesky.models import calibrate as find
+
+    try:
+        found = find(_patterns(frames, dataset, rows, chosen), chosen, reference=reference)
+    except (CalibrationError, OSError, EOFError) as error:
+        _stop(str(error), code=1)
+    except ValueError as error:
+        _stop(str(error), code=2)
+    new, none = found.geometry, "none seen"
+    x, y = found.reference_center_px
+    table = Table("", "found", "stated")
+    table.add_row("orientation", new.orientation, chosen.orientation)
+    table.add_row("thickness, nm", f"{found.thickness_nm}", f"{chosen.thickness_nm:.6g}")
+    blur = none if found.pupil_blur_px is None else f"{found.pupil_blur_px}"
+    table.add_row("pupil blur, binned px", blur, f"{chosen.pupil_blur_px:.6g}")
+    table.add_row("background, counts per binned px", f"{found.background}", "")
+    for name, pixels in (("hot", found.hot_pixels), ("dead", found.dead_pixels)):
+        table.add_row(f"{name} pixels (row, column)", " ".join(map(str, pixels)) or none, "")
+    for name, mean in (("ε", found.strain), ("ω, °", found.omega), ("χ, °", found.chi)):
+        table.add_row(f"mean {name}", f"{mean}", "")
+    stated = ", ".join(f"{value:.6g}" for value in chosen.bragg_center_px)
+    table.add_row("centre if mean ε, χ are 0, px", f"{x}, {y}", stated)
+    console.print(table)
+    for note in found.notes:
+        _say(f"- {note}")
+    if out is not None:
+        lines = (f"# {note}" for note in (f"calibrated from {frames.name!r}", *found.notes))
+        try:
+            out.write_text("\n".join((*lines, _to_toml(new))), "utf-8")
+        except OSError as error:
+            _stop(str(error), code=1)
+        _say(f"corrected geometry {new.fingerprint()} in {out}")
+
+
 @models.command("import")
 def import_model(
     file: Annotated[Path, typer.Argument(help="A published .pth file. Nothing of it is run.")],
@@ -293,6 +351,44 @@ def _geometry(start: Path | None, geometry: Path | None, preset: str) -> Geometr
         return _from_start(start, preset) if start else _from_toml(geometry)
     except (GeometryError, OSError, ValueError) as error:
         _stop(str(error), code=2)
+
+
+def _patterns(path: Path, dataset: str, rows: str, geometry: Geometry) -> NDArray[np.float32]:
+    """Patterns of some rows of a file of frames."""
+    first, colon, stop = rows.partition(":")
+    if not (colon and first.isdecimal() and stop.isdecimal() and int(first) < int(stop)):
+        raise ValueError(f"--rows {rows}: expected two numbers such as 0:500")
+
+    from nanobeam_bluesky.documents import frames as reading
+    from nanobeam_bluesky.documents.references import PointBlock, StoredRows
+
+    if path.suffix == ".npy":
+        stack = np.load(path, mmap_mode="r", allow_pickle=False)[int(first) : int(stop)]
+        if stack.ndim != 3 or stack.dtype.kind not in "uifb":
+            raise ValueError(
+                f"{path}: expected frames (n, rows, columns), found {stack.dtype} {stack.shape}"
+            )
+        geometry.roi.check_inside(stack.shape[1:])
+        return reading.bin_frames(stack[:, *geometry.roi.slices], geometry)[0]
+    reader = reading.FrameReader(geometry)
+    block = PointBlock(1, int(stop) - int(first), StoredRows(str(path), dataset, int(first)))
+    try:
+        patterns, _, status, reason = reader.patterns(block)
+    finally:
+        reader.close()
+    read = np.flatnonzero(status == reading.ReadStatus.OK)
+    if not read.size:
+        raise OSError(reason)
+    return patterns.take(read, axis=0)
+
+
+def _to_toml(geometry: Geometry) -> str:
+    """Write what `_from_toml` reads; JSON's numbers, strings and arrays are TOML's too."""
+    values = geometry.model_dump(mode="json", exclude_none=True)
+    optics = values.pop("optics")
+    lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
+    lines += ["", "[optics]", *(f"{name} = {json.dumps(value)}" for name, value in optics.items())]
+    return "\n".join(lines) + "\n"
 
 
 def _accuracy(card: Card) -> Table:

@@ -4,14 +4,19 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
+import h5py
 import matplotlib.image
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from nanobeam_bluesky import Geometry, to_maps
+from nanobeam_bluesky.cli import app
 from nanobeam_bluesky.models import ModelStore
+from nanobeam_bluesky.physics import forward
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,6 +72,7 @@ def test_the_demo_maps_records_and_draws(tmp_path):
         (["demo", "--phantom", "moon"], "no phantom 'moon'"),
         (["train"], "give either --start start.json or --geometry film.toml"),
         (["train", "--geometry", "missing.toml"], "missing.toml"),
+        (["calibrate", "--frames", "scan.h5"], "give either --start start.json or --geometry"),
     ],
 )
 def test_wrong_usage_ends_with_2_and_the_reason(arguments, words, tmp_path):
@@ -93,6 +99,70 @@ def test_train_refuses_an_impossible_geometry(tmp_path):
     )
     text = nanobeam("train", "--geometry", tmp_path / "film.toml", home=tmp_path, code=2)
     assert "film.toml: reflection not reachable" in text
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """Geometry and 60 frames of a film that its start document describes badly."""
+    published = Geometry.published()
+    truth = published.model_copy(
+        update={"pupil_blur_px": 0.8, "thickness_nm": 14.0, "orientation": "transpose"}
+    )
+    rng = np.random.default_rng(0)
+    spread = np.array([0.003, 0.02, 0.05])
+    patterns = forward(*(rng.uniform(-1, 1, (60, 3)) * spread).T, truth, background=0.02)
+    expected = truth.unorient(2 * patterns).repeat(2, axis=1).repeat(2, axis=2)
+    frames = rng.poisson(0.02, (60, 512, 512)).astype(np.uint16)
+    frames[:, 192:320, 192:320] = rng.poisson(expected)
+    frames[:, 200, 201] = 700
+    return truth, frames
+
+
+@pytest.mark.parametrize("kind", ["h5", "npy"])
+def test_calibrate_writes_a_geometry_that_is_read_again(kind, recorded, tmp_path):
+    truth, frames = recorded
+    path = tmp_path / f"scan.{kind}"
+    if kind == "npy":
+        np.save(path, frames)
+    else:
+        with h5py.File(path, "w") as file:
+            file.create_dataset("/entry/data/data", data=frames, chunks=(1, 512, 512))
+    (tmp_path / "start.json").write_text(json.dumps(start_document()))
+    options = ("--start", tmp_path / "start.json", "--frames", path, "--rows", "5:60")
+    out = tmp_path / "film.toml"
+    text = nanobeam("calibrate", *options, "--out", out, home=tmp_path)
+    for words in ("transpose", "thickness, nm", "(4, 4)", "No pattern tells where the Bragg"):
+        assert words in text
+    read = Geometry.parse(tomllib.loads(out.read_text("utf-8")), where="film.toml")
+    assert read.fingerprint() in text
+    assert read.orientation == "transpose"
+    assert abs(read.thickness_nm - 14) < 0.2
+    assert abs(read.pupil_blur_px - 0.8) < 0.05
+    assert (200, 201) in read.pixel_mask
+    assert read.optics == truth.optics
+    assert read.bragg_center_px == truth.bragg_center_px
+    if kind == "h5":
+        again = nanobeam("calibrate", "--geometry", out, *options[2:], home=tmp_path)
+        assert "Rows and columns are exchanged" not in again
+
+
+def test_calibrate_says_what_is_wrong_with_the_frames(recorded, tmp_path):
+    (tmp_path / "start.json").write_text(json.dumps(start_document()))
+    np.save(tmp_path / "dark.npy", np.zeros((30, 512, 512), np.uint16))
+    np.save(tmp_path / "small.npy", np.zeros((30, 64, 64), np.uint16))
+    np.save(tmp_path / "flat.npy", np.zeros(30))
+    for frames, rows, words, code in (
+        ("dark.npy", "0:30", "0 of 30 patterns", 1),
+        ("small.npy", "0:30", "ROI off the detector", 2),
+        ("flat.npy", "0:30", "expected frames (n, rows, columns), found float64 (30,)", 2),
+        ("dark.npy", "30", "--rows 30: expected two numbers such as 0:500", 2),
+        ("none.h5", "0:30", "none.h5: No such file", 1),
+        ("none.npy", "0:30", "none.npy", 1),
+    ):
+        options = ("--start", tmp_path / "start.json", "--frames", tmp_path / frames)
+        done = CliRunner().invoke(app, ["calibrate", *map(str, options), "--rows", rows])
+        assert done.exit_code == code
+        assert words in done.output
 
 
 @pytest.mark.parametrize("name", ["live_scan", "train_from_run"])
