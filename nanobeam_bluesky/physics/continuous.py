@@ -576,12 +576,14 @@ def render_continuous(
     dq: Floats,
     background: Floats,
     out: NDArray[np.float32],
+    thickness: Floats | None = None,
 ) -> None:
-    """Fill out (n, ny, nx) for the shifts in pixels and dq in Å⁻¹, each (n,)."""
+    """Fill out (n, ny, nx) for the shifts in pixels, dq in Å⁻¹ and thickness in Å, each (n,)."""
     n, ny, nx = out.shape
     pattern = np.empty((1, nx, ny))
     for i in range(n):
-        pattern_channels(plan, shift_x[i], shift_y[i], dq[i], plan.thickness, pattern)
+        film = plan.thickness if thickness is None else thickness[i]
+        pattern_channels(plan, shift_x[i], shift_y[i], dq[i], film, pattern)
         for y in range(ny):
             for x in range(nx):
                 out[i, y, x] = pattern[0, x, y] + background[i]

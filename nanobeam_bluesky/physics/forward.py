@@ -22,6 +22,8 @@ from nanobeam_bluesky.physics.published import published_peak, published_plan, r
 
 Sampling = Literal["continuous", "published"]
 
+_LEAST = {"strain": -1, "thickness": 0}
+
 
 def forward(
     strain: ArrayLike,
@@ -31,6 +33,7 @@ def forward(
     *,
     sampling: Sampling = "continuous",
     background: ArrayLike = 0.0,
+    thickness: ArrayLike | None = None,
     tilt_reciprocal: TiltReciprocal | None = None,
 ) -> NDArray[np.float32]:
     """Diffraction patterns, scaled so that the peak of the full library is 1.
@@ -51,6 +54,9 @@ def forward(
         ω ± 0.05°, χ ± 0.1°).
     background
         Added to every pixel, in the unit of the pattern; a scalar or (n,).
+    thickness
+        Of the film, nm, a scalar or (n,), continuous sampling only; the geometry's if absent.
+        The peak stays that of the geometry's thickness: fringes change, not the brightness.
     tilt_reciprocal
         Whether tilts turn the reciprocal vector of the strained film, G/(1+ε), or of the
         relaxed one, G. By default strained, but unstrained with the published sampling,
@@ -64,15 +70,19 @@ def forward(
     Raises
     ------
     ValueError
-        If parameters are not finite, a strain is not above -1, or lengths do not fit; if
-        the geometry is one that the sampling cannot serve (`published_plan`,
-        `published_peak`, `continuous_plan`).
+        If parameters are not finite, a strain is not above -1, a thickness not above 0, or
+        lengths do not fit; if a thickness is given to the published sampling; if the geometry
+        is one that the sampling cannot serve (`published_plan`, `published_peak`,
+        `continuous_plan`).
     """
-    strain, omega, chi, background = columns(
-        strain=strain, omega=omega, chi=chi, background=background
+    film = geometry.thickness_nm if thickness is None else thickness
+    strain, omega, chi, film, background = columns(
+        strain=strain, omega=omega, chi=chi, thickness=film, background=background
     )
     out = np.empty((strain.size, *geometry.pattern_shape), np.float32)
     if sampling == "published":
+        if thickness is not None:
+            raise ValueError("thickness: the published sampling has only the geometry's")
         peak = published_peak(geometry)
         published = published_plan(geometry)
         strained = published.g / (1 + strain)
@@ -91,7 +101,13 @@ def forward(
         )
         in_threads(
             lambda part: render_continuous(
-                plan, shift_x[part], shift_y[part], dq[part], background[part], out[part]
+                plan,
+                shift_x[part],
+                shift_y[part],
+                dq[part],
+                background[part],
+                out[part],
+                10 * film[part],
             ),
             strain.size,
         )
@@ -141,9 +157,10 @@ def columns(**values: ArrayLike) -> list[NDArray[np.float64]]:
     if any(a.ndim != 1 or a.size not in (1, n) for a in arrays.values()):
         raise ValueError(f"scalars or arrays of one length are needed, found shapes {shapes}")
     for name, a in arrays.items():
-        wrong = ~np.isfinite(a) if name != "strain" else ~(np.isfinite(a) & (a > -1))
+        least = _LEAST.get(name, -np.inf)
+        wrong = ~(np.isfinite(a) & (a > least))
         if wrong.any():
-            bound = "finite and above -1" if name == "strain" else "finite"
+            bound = f"finite and above {least}" if name in _LEAST else "finite"
             i = int(wrong.argmax())
             raise ValueError(f"{name}[{i}] = {a[i]} must be {bound}")
     return [np.ascontiguousarray(np.broadcast_to(a, n)) for a in arrays.values()]

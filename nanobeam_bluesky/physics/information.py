@@ -35,6 +35,7 @@ def fisher_information(
     *,
     scale: ArrayLike,
     background: ArrayLike = 0.0,
+    thickness: ArrayLike | None = None,
     fit: Sequence[str] = ("strain", "omega", "chi", "scale", "background"),
     mask: NDArray[np.bool_] | None = None,
     tilt_reciprocal: TiltReciprocal = "strained",
@@ -54,6 +55,8 @@ def fisher_information(
         Counts per pixel at the peak of the full library, scalar or (n,).
     background
         Counts per pixel, scalar or (n,).
+    thickness
+        As for `forward`, nm, scalar or (n,).
     fit
         Names of the parameters, of `PARAMETERS`: rows and columns of the result. The
         others count as known. The derivative by thickness is taken at fixed scale.
@@ -79,8 +82,9 @@ def fisher_information(
         mask = np.zeros(geometry.pattern_shape, bool)
     if mask.shape != geometry.pattern_shape:
         raise ValueError(f"mask {mask.shape} must have the pattern's {geometry.pattern_shape}")
-    strain, omega, chi, scale, background = columns(
-        strain=strain, omega=omega, chi=chi, scale=scale, background=background
+    film = geometry.thickness_nm if thickness is None else thickness
+    strain, omega, chi, film, scale, background = columns(
+        strain=strain, omega=omega, chi=chi, thickness=film, scale=scale, background=background
     )
     plan = continuous_plan(geometry)
     dx, dy, dq = shifts(plan, strain, omega, chi, tilt_reciprocal=tilt_reciprocal)
@@ -88,7 +92,15 @@ def fisher_information(
     used = np.ascontiguousarray(~mask.T, dtype=np.float64)
     in_threads(
         lambda part: _accumulate(
-            plan, dx[part], dy[part], dq[part], scale[part], background[part], used, raw[part]
+            plan,
+            dx[part],
+            dy[part],
+            dq[part],
+            10 * film[part],
+            scale[part],
+            background[part],
+            used,
+            raw[part],
         ),
         strain.size,
     )
@@ -140,6 +152,7 @@ def _accumulate(
     shift_x: NDArray[np.floating[Any]],
     shift_y: NDArray[np.floating[Any]],
     dq: NDArray[np.floating[Any]],
+    thickness: NDArray[np.floating[Any]],
     scale: NDArray[np.floating[Any]],
     background: NDArray[np.floating[Any]],
     used: NDArray[np.float64],
@@ -150,7 +163,7 @@ def _accumulate(
     channels, nothing = np.empty((5, nx, ny)), np.zeros((nx, ny))
     work, bits, score = np.empty((13, ny)), np.empty((2, ny), np.int32), np.empty(6)
     for i in range(out.shape[0]):
-        pattern_channels(plan, shift_x[i], shift_y[i], dq[i], plan.thickness, channels)
+        pattern_channels(plan, shift_x[i], shift_y[i], dq[i], thickness[i], channels)
         dark = _DARK * scale[i]
         poisson_sums(
             channels, scale[i], background[i], nothing, used, dark, work, bits, out[i], score

@@ -271,6 +271,26 @@ def test_background_and_parameters_broadcast():
     assert forward([], [], [], PUBLISHED).shape == (0, 64, 64)
 
 
+@pytest.mark.parametrize("blur", [0.0, 0.5])
+def test_pattern_of_another_thickness_is_that_of_its_geometry_up_to_the_peak(blur):
+    geometry = changed(pupil_blur_px=blur)
+    thickness = [9.0, 11.7, 16.0]
+    patterns = forward(0.002, -0.02, 0.05, geometry, thickness=thickness)
+    for nm, pattern in zip(thickness, patterns, strict=True):
+        other = forward(0.002, -0.02, 0.05, changed(pupil_blur_px=blur, thickness_nm=nm))[0]
+        peak = pattern.sum() / other.sum()
+        assert peak == pytest.approx(1, abs=3e-4)
+        np.testing.assert_allclose(pattern, peak * other, atol=1e-5)
+    np.testing.assert_array_equal(patterns[1], forward(0.002, -0.02, 0.05, geometry)[0])
+
+
+def test_thickness_is_only_for_the_continuous_sampling_and_above_zero():
+    with pytest.raises(ValueError, match="published sampling has only the geometry's"):
+        forward(0, 0, 0, PUBLISHED, sampling="published", thickness=10.0)
+    with pytest.raises(ValueError, match=r"thickness\[1\] = 0.0 must be finite and above 0"):
+        forward(0, 0, 0, PUBLISHED, thickness=[10.0, 0.0])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -103,6 +103,14 @@ def test_fit_selects_and_orders_rows_and_columns():
         fisher_information(0, 0, 0, PUBLISHED, scale=7, mask=np.zeros((3, 3), bool))
 
 
+def test_information_of_another_thickness_is_that_of_its_geometry():
+    thicker = PUBLISHED.model_copy(update={"thickness_nm": 14.0})
+    options = {"scale": 7, "background": 0.1, "fit": PARAMETERS}
+    found = fisher_information(0.001, 0.01, 0.02, PUBLISHED, thickness=14.0, **options)
+    expected = fisher_information(0.001, 0.01, 0.02, thicker, **options)
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("name", "strain", "omega", "chi"),
     [("sharp", 9.1e-5, 1.03e-4, 2.9e-4), ("blurred", 9.2e-5, 1.63e-4, 4.7e-4)],
