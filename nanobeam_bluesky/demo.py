@@ -173,7 +173,7 @@ def _print_table(
             "lag, document to value",
             f"median {np.median(watch.delays):.2f} s, 95 % {np.quantile(watch.delays, 0.95):.2f} s",
         ),
-        ("flagged", f"{health.points_flagged}"),
+        ("flagged", _flagged(maps)),
         ("errors", f"{health.errors} {health.last_error}"),
     ):
         table.add_row(name, text)
@@ -187,9 +187,12 @@ def _print_table(
         geometry,
         scale=sxdm.scale * truth.intensity[good],
     )
-    accuracy = Table("", "RMSE", "Cramér–Rao bound", "ratio", "a published network")
+    accuracy = Table(
+        "", "RMSE", "Cramér–Rao bound", "ratio", "σ, median", "inside 2σ", "a published network"
+    )
     for key, (symbol, unit, _) in _UNITS.items():
         error = maps[key].to_numpy()[good] - getattr(truth, key)[good]
+        sigma = maps[f"{key}_sigma"].to_numpy()[good]
         rmse = float(np.sqrt(np.mean(error**2)))
         limit = float(np.sqrt(np.mean(np.square(bound[key]))))
         accuracy.add_row(
@@ -197,9 +200,19 @@ def _print_table(
             f"{rmse:.2e}{unit}",
             f"{limit:.2e}{unit}",
             f"{rmse / limit:.2f}",
+            f"{np.median(sigma):.2e}{unit}",
+            f"{100 * np.mean(np.abs(error) < 2 * sigma):.1f} %",
             f"{PUBLISHED_RMSE[key]:.1e}{unit}",
         )
     console.print(accuracy)
+
+
+def _flagged(maps: xr.Dataset) -> str:
+    """Count the flagged points, by flag."""
+    flags = maps["flags"].to_numpy()
+    counts = [(flag, int((flags & flag > 0).sum())) for flag in Flag]
+    parts = [f"{n} {str(flag.name).lower().replace('_', ' ')}" for flag, n in counts if n]
+    return ", ".join(parts) or "none"
 
 
 def _draw(maps: xr.Dataset, truth: Phantom, path: Path) -> Path:
@@ -207,7 +220,7 @@ def _draw(maps: xr.Dataset, truth: Phantom, path: Path) -> Path:
     for key in _UNITS:
         values = np.where(truth.intensity > 0, getattr(truth, key), np.nan)
         true[key] = (("row", "col"), values, maps[key].attrs)
-    figure = plot_comparison(true, maps)
+    figure = plot_comparison(true, maps, diagnostics=("counts", "background", "deviance", "flags"))
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path

@@ -11,8 +11,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+
+from nanobeam_bluesky.models import Flag
 
 __all__ = [
     "MapAxes",
@@ -39,6 +42,18 @@ _TITLES = {
 }
 _DIVERGING = ("strain", "omega", "chi", "deviance")
 """Fields in which zero means something."""
+
+_FLAGS = {
+    "good": (0, "#e8e8e8"),
+    "out of range": (Flag.OUT_OF_RANGE, "#f0e442"),
+    "misfit": (Flag.MISFIT, "#d55e00"),
+    "not converged": (Flag.NOT_CONVERGED, "#cc79a7"),
+    "saturated": (Flag.SATURATED, "#e69f00"),
+    "few counts": (Flag.FEW_COUNTS, "#56b4e9"),
+    "no position": (Flag.POSITION_MISSING, "#009e73"),
+    "no frame": (Flag.FRAME_MISSING, "#000000"),
+}
+"""Names and colours (Okabe and Ito's) of flags; of several the last is shown."""
 
 _PREFIXES = {0: "", -3: "m", -6: "µ", -9: "n"}
 _POWERS = {0: "", -3: "10⁻³", -6: "10⁻⁶", -9: "10⁻⁹"}
@@ -94,9 +109,10 @@ def plot_comparison(
     maps: xr.Dataset,
     fields: Sequence[str] = ("strain", "omega", "chi"),
     *,
+    diagnostics: Sequence[str] = (),
     figure: Figure | None = None,
 ) -> Figure:
-    """Draw truth, map and their difference, a row for each field.
+    """Draw truth, map, their difference and the map's σ, a row for each field.
 
     Parameters
     ----------
@@ -105,7 +121,9 @@ def plot_comparison(
     maps
         As for `plot_maps`.
     fields
-        Which of them.
+        Which of them, each with its ``…_sigma``.
+    diagnostics
+        Up to four maps in a last row, e.g. ("counts", "deviance", "flags").
     figure
         Figure to draw in; a new one if absent.
 
@@ -115,9 +133,10 @@ def plot_comparison(
         If a field has not the same shape in both.
     """
     axes = MapAxes.of(maps)
-    figure = figure or new_figure(len(fields), 3, axes)
-    grid = figure.subplots(len(fields), 3, sharex=True, sharey=True, squeeze=False)
-    for field, (left, middle, right) in zip(fields, grid, strict=True):
+    rows = len(fields) + bool(diagnostics)
+    figure = figure or new_figure(rows, 4, axes)
+    grid = figure.subplots(rows, 4, sharex=True, sharey=True, squeeze=False)
+    for field, (left, middle, right, last) in zip(fields, grid, strict=False):
         true, measured = truth[field].to_numpy(), maps[field].to_numpy()
         if true.shape != measured.shape:
             raise ValueError(
@@ -138,6 +157,12 @@ def plot_comparison(
             difference.show(error, limits=_symmetric(finite, 0.0))
             rms = _text(float(np.sqrt(np.mean(finite**2))), difference.limits, units)
             difference.title(f"map − truth, rms {rms}")
+        MapPanel(last, f"{field}_sigma", units, axes).show(maps[f"{field}_sigma"].to_numpy())
+    for field, ax in zip(diagnostics, grid[len(fields) :].flat, strict=False):
+        panel = MapPanel(ax, field, str(maps[field].attrs.get("units", "")), axes)
+        panel.show(maps[field].to_numpy())
+    for ax in grid[len(fields) :].flat[len(diagnostics) :] if diagnostics else ():
+        ax.remove()
     label_outer(grid, axes)
     return figure
 
@@ -257,6 +282,7 @@ class MapPanel:
         self.limits: tuple[float, float] | None = None
         self._units = units
         self._scale = 1.0
+        self._flags = field == "flags"
         self._diverging = field in _DIVERGING if diverging is None else diverging
         left, right, bottom, top = axes.edges
         self.image = ax.imshow(
@@ -276,7 +302,17 @@ class MapPanel:
         assert figure is not None
         # an inset is as high as the map, whatever the aspect
         beside = ax.inset_axes((1.03, 0.0, 0.05, 1.0))
-        self.colorbar = figure.colorbar(self.image, cax=beside, extend="both")
+        if self._flags:
+            colours = [colour for _, colour in _FLAGS.values()]
+            self.image.set(
+                cmap=ListedColormap(colours),
+                norm=BoundaryNorm(np.arange(len(colours) + 1) - 0.5, 8),
+            )
+        extend = "neither" if self._flags else "both"
+        self.colorbar = figure.colorbar(self.image, cax=beside, extend=extend)
+        if self._flags:
+            self.colorbar.set_ticks(range(len(_FLAGS)), labels=list(_FLAGS), fontsize="small")
+            self.colorbar.ax.minorticks_off()
         self.colorbar.ax.set_visible(False)  # until there is something to show
 
     def title(self, text: str) -> None:
@@ -288,14 +324,27 @@ class MapPanel:
 
         `limits` are the colour limits, in the image's unit; robust ones if absent.
         """
+        if self._flags:
+            self._show_flags(image)
+            return
         limits = limits or robust_limits(image, diverging=self._diverging)
         if limits is not None and self._differ(limits):
             self.limits = limits
             self._scale, unit = _engineering(limits, self._units)
             self.image.set_clim(limits[0] * self._scale, limits[1] * self._scale)
-            self.colorbar.ax.set_title(unit, fontsize="medium", loc="left", y=1.0)
+            self.colorbar.ax.set_title(unit, fontsize="medium", loc="left", y=1.05)
             self.colorbar.ax.set_visible(True)
         self.image.set_array(np.asarray(image, dtype=float) * self._scale)
+
+    def _show_flags(self, image: NDArray[Any]) -> None:
+        known = np.isfinite(image)
+        flags = np.where(known, image, 0).astype(np.int64)
+        shown = np.where(known, 0.0, np.nan)
+        for i, (flag, _) in enumerate(_FLAGS.values()):
+            shown[known & (flags & flag > 0)] = i
+        self.limits = (0.0, float(len(_FLAGS) - 1))
+        self.colorbar.ax.set_visible(True)
+        self.image.set_array(shown)
 
     def _differ(self, limits: tuple[float, float]) -> bool:
         if self.limits is None:

@@ -110,6 +110,7 @@ def encode_task(task: Task) -> tuple[Message, Arrays]:
         "number": task.number,
         "frames": [block(b) for b in task.frames],
         "positions": {m: [block(b) for b in blocks] for m, blocks in task.positions.items()},
+        "calibrate": task.calibrate,
     }
     return message, arrays
 
@@ -127,6 +128,7 @@ def decode_task(message: Message, arrays: Arrays) -> Task:
         message["number"],
         tuple(block(b) for b in message["frames"]),
         {motor: tuple(map(block, blocks)) for motor, blocks in message["positions"].items()},
+        message["calibrate"],
     )
 
 
@@ -140,6 +142,7 @@ def encode_processed(done: Processed) -> tuple[Message, Arrays]:
         "columns": list(columns),
         "motors": list(done.positions),
         "reason": done.reason,
+        "calibration": done.calibration,
     }
     return message, arrays
 
@@ -150,7 +153,13 @@ def decode_processed(message: Message, arrays: Arrays, task: Task) -> Processed:
     columns = dict(zip(message["columns"], rest, strict=False))
     positions = dict(zip(message["motors"], rest[len(columns) :], strict=True))
     return Processed(
-        task, status, Estimates(**columns), positions, position_status, message["reason"]
+        task,
+        status,
+        Estimates(**columns),
+        positions,
+        position_status,
+        message["reason"],
+        message["calibration"],
     )
 
 

@@ -7,6 +7,7 @@ import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanobeam_bluesky.models import Flag
 from nanobeam_bluesky.plots import MapAxes, MapPanel, plot_comparison, plot_maps, robust_limits
 
 ROWS, COLS = 4, 6
@@ -26,6 +27,9 @@ def dataset(y=(0.0, 0.3), x=(10.0, 10.5), units="um", **changes):
         "chi": (ramp * 0.5, "deg"),
         "counts": (6000 + 100 * ramp, "counts"),
         "strain_sigma": (9e-5 + 0 * ramp, ""),
+        "omega_sigma": (1e-4 + 0 * ramp, "deg"),
+        "chi_sigma": (3e-4 + 0 * ramp, "deg"),
+        "flags": (0 * ramp, ""),
     }
     return xr.Dataset(
         {
@@ -140,8 +144,27 @@ def test_comparison_shows_truth_and_map_in_the_same_colours_and_states_the_error
     assert true.images[0].get_clim() == measured.images[0].get_clim()
     assert difference.images[0].get_clim() == pytest.approx((-20, 20))
     assert difference.get_title() == "map − truth, rms 20 × 10⁻⁶"
-    assert units(figure)[:3] == ["10⁻³", "10⁻³", "10⁻⁶"]
+    assert units(figure)[:4] == ["10⁻³", "10⁻³", "10⁻⁶", "10⁻⁶"]
     figure.canvas.draw()
+
+
+def test_comparison_has_sigma_beside_and_diagnostics_below():
+    figure = plot_comparison(dataset(), dataset(), ["strain"], diagnostics=("counts", "flags"))
+    titles = [ax.get_title() for ax in map_axes(figure)]
+    assert titles[3:] == ["σ of strain ε", "Counts", "Flags"]
+
+
+def test_every_flag_has_a_colour_and_a_name():
+    flags = np.zeros((ROWS, COLS))
+    flags[0, :] = [Flag.MISFIT, Flag.MISFIT | Flag.FEW_COUNTS, 0, np.nan, Flag.FRAME_MISSING, 0]
+    figure = plot_maps(dataset(flags=flags), ["flags"])
+    (ax,) = map_axes(figure)
+    names = [text.get_text() for text in ax.child_axes[0].get_yticklabels()]
+    assert len(names) == len(Flag) + 1
+    colours = [tuple(colour_at(figure, ax, 10 + 0.1 * i, 0.0)) for i in range(COLS)]
+    assert len(set(colours)) == 5  # the same colour for both good points
+    few = ax.images[0].cmap(names.index("few counts"), bytes=True)[:3]
+    assert colours[1] == pytest.approx(few, abs=2)
 
 
 def test_comparison_refuses_maps_of_another_scan():

@@ -90,6 +90,9 @@ class NanobeamCallback:
         derived run with the reason.
     fit
         What is unknown beside strain, tilts and scale: "background", "thickness", "blur".
+    calibrate
+        Whether the first 256 points correct orientation, bad pixels, blur and thickness
+        of the geometry (`models.calibrate`); the derived run begins after that.
     device
         Torch device of the worker.
 
@@ -107,6 +110,7 @@ class NanobeamCallback:
         roi: ROI | None = None,
         on_missing_model: MissingModel = "fit",
         fit: Sequence[str] = DEFAULT_FIT,
+        calibrate: bool = False,
         device: str = "auto",
     ) -> None:
         for name, value, allowed in (
@@ -116,7 +120,7 @@ class NanobeamCallback:
             if value not in get_args(allowed):
                 raise ValueError(f"{name} = {value!r} must be one of {get_args(allowed)}")
         self._preset = Preset.load(preset)
-        self._choice = AnalyzerChoice(analyzer, on_missing_model, tuple(fit), device)
+        self._choice = AnalyzerChoice(analyzer, on_missing_model, tuple(fit), calibrate, device)
         self._roi = roi
         self._tally = Tally()
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()

@@ -267,15 +267,16 @@ def bin_frames(
     patterns
         (n, ny, nx), counts.
     saturated
-        (n,), whether a good pixel reached the saturation value.
+        (n,), whether a good pixel reached the saturation value; without one, the largest
+        number of an integer type.
     """
     b = geometry.binning
     good = _good_pixels(geometry)
-    if geometry.saturation_value is None:
-        saturated: NDArray[np.bool_] = np.zeros(len(frames), dtype=np.bool_)
-    else:
-        hot = frames >= geometry.saturation_value
-        saturated = np.any(hot if good is None else hot & good, axis=(1, 2))
+    limit = geometry.saturation_value
+    if limit is None:  # what a counter that has run full shows
+        limit = np.iinfo(frames.dtype).max if frames.dtype.kind in "ui" else np.inf
+    hot = frames >= limit
+    saturated: NDArray[np.bool_] = np.any(hot if good is None else hot & good, axis=(1, 2))
     if good is not None:
         frames = np.where(good, frames, frames.dtype.type(0))
     # b² strided sums: a third of the time of a reshaped sum over two axes

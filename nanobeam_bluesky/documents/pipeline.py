@@ -41,6 +41,8 @@ TASK_POINTS = 256
 """Points of one task: enough to fill batches, short enough for the display."""
 TASKS_IN_FLIGHT = 2
 """One is worked on while the next waits, so that the worker never does."""
+CALIBRATION_POINTS = 256
+"""Points that a calibration waits for, if the scan has as many."""
 RETRY_SECONDS = (0.1, 0.2, 0.5, 1.0)
 DEADLINE_SECONDS = 10.0
 """How long after the raw stop frames may take to become readable."""
@@ -133,6 +135,8 @@ class RunPipeline:
         self._grid: ScanGrid | None = None
         self._references: RunReferences | None = None
         self._requested = False
+        self._calibration: dict[str, Any] = {}
+        self._calibration_due = 0.0
         self._raw_stop: Mapping[str, Any] | None = None
         self._deadline = float("inf")
         self._problem = ""
@@ -188,9 +192,10 @@ class RunPipeline:
                 self._try_geometry()
 
     def opened(self, settings: Mapping[str, Any]) -> None:
-        """The executor is ready: the derived run begins."""
-        if self.closed or self._geometry is None or self._grid is None:
+        """The executor is ready: the derived run begins, once the geometry is calibrated."""
+        if self.closed or self._geometry is None or self._grid is None or self._choice.calibrate:
             return
+        settings = {**settings, **self._calibration}
         self._derived = DerivedRun(
             self.start, self._geometry, self._grid, settings, self._motor_units()
         )
@@ -203,6 +208,9 @@ class RunPipeline:
             return
         task, entries = self._in_flight.pop(done.task.number)
         now = time.monotonic()
+        if task.calibrate:
+            self._calibrated(done, now)
+            return
         points = task.points
         versions = np.concatenate([np.full(e.block.count, e.version) for e in entries])
         current = self._versions[points] == versions
@@ -218,9 +226,12 @@ class RunPipeline:
 
     def poll(self) -> None:
         """Hand out what is ready, emit what is due, close when all is done."""
-        if self.closed or self._derived is None:
+        if self.closed:
             return
         now = time.monotonic()
+        if self._derived is None:
+            self._submit_calibration(now)
+            return
         while len(self._in_flight) < TASKS_IN_FLIGHT:
             task = self._next_task(now)
             if task is None:
@@ -313,6 +324,44 @@ class RunPipeline:
     def _motor_units(self) -> dict[str, str | None]:
         assert self._references is not None
         return self._references.units
+
+    # ---------------------------------------------------------------- calibration
+
+    def _submit_calibration(self, now: float) -> None:
+        """Hand out the first points for calibration, when there are enough; they stay pending."""
+        wanted = min(CALIBRATION_POINTS, len(self._versions) - 1)
+        if not (self._choice.calibrate and self._requested) or self._in_flight:
+            return
+        if now < self._calibration_due or (self.points_pending < wanted and not self.stopped):
+            return
+        blocks: list[PointBlock] = []
+        for block in (entry.block for entry in self._pending):
+            room = wanted - sum(b.count for b in blocks)
+            if room <= 0:
+                break
+            blocks.append(block.part(block.first, min(block.stop, block.first + room)))
+        self._tasks += 1
+        task = Task(self.key, self._tasks, tuple(blocks), calibrate=True)
+        if not blocks:
+            self._calibrated(Processed.failed(task, "the run has no frames"), now)
+            return
+        self._in_flight[task.number] = (task, [])
+        self._executor.submit(self, task)
+
+    def _calibrated(self, done: Processed, now: float) -> None:
+        assert self._geometry is not None
+        if (done.status == ReadStatus.RETRY).any() and now < self._deadline:
+            self._calibration_due = now + RETRY_SECONDS[-1]
+            return
+        if done.calibration is None:
+            self._note(done.reason)
+            self._calibration = {"calibration": {"failed": done.reason}}
+        else:
+            found = dict(done.calibration)
+            self._geometry = Geometry.parse(found.pop("geometry"), where="calibrated geometry")
+            self._calibration = {"calibration": found}
+        self._choice = replace(self._choice, calibrate=False)
+        self._executor.open(self, self._geometry, self._choice)
 
     # ----------------------------------------------------------------- references
 

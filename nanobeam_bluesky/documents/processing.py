@@ -36,6 +36,8 @@ class AnalyzerChoice:
     is trained."""
     fit: tuple[str, ...] = DEFAULT_FIT
     """What `refine` takes as unknown."""
+    calibrate: bool = False
+    """Whether the first patterns correct the geometry (`models.calibrate`)."""
     device: str = "auto"
     """Torch device, e.g. "cpu"."""
 
@@ -68,6 +70,8 @@ class Task:
     """Where the frames are."""
     positions: dict[str, tuple[PointBlock, ...]] = field(default_factory=dict)
     """Where the motors' positions are, for those that are not known yet."""
+    calibrate: bool = False
+    """Whether to calibrate the geometry with these points instead of analysing them."""
 
     @property
     def points(self) -> NDArray[np.int64]:
@@ -89,6 +93,8 @@ class Processed:
     """`ReadStatus` of the positions, the worst of the motors'."""
     reason: str = ""
     """The first thing that went wrong; "" if nothing did."""
+    calibration: dict[str, Any] | None = None
+    """What was calibrated, as JSON; None if there was nothing to calibrate with."""
 
     @classmethod
     def failed(cls, task: Task, reason: str) -> Processed:
@@ -130,7 +136,7 @@ class Processor:
         """Read and analyse; whatever goes wrong is in the answer."""
         try:
             analyzer, reader = self._runs[task.run]
-            return _process(task, analyzer, reader)
+            return (_calibrate if task.calibrate else _process)(task, analyzer, reader)
         except Exception as error:
             if task.run not in self._complained:
                 self._complained.add(task.run)
@@ -158,3 +164,19 @@ def _process(task: Task, analyzer: Analyzer, reader: FrameReader) -> Processed:
         reasons += [n[2] for n in numbers]
     reason = next((r for r in reasons if r), "")
     return Processed(task, status, estimates, positions, position_status, reason)
+
+
+def _calibrate(task: Task, analyzer: Analyzer, reader: FrameReader) -> Processed:
+    from nanobeam_bluesky.models import CalibrationError, calibrate
+
+    read = [reader.patterns(block) for block in task.frames]
+    patterns, _, status = (np.concatenate([r[i] for r in read]) for i in range(3))
+    done = replace(Processed.failed(task, next((r[3] for r in read if r[3]), "")), status=status)
+    ok = status == ReadStatus.OK
+    if not ok.any():
+        return done
+    try:
+        found = calibrate(patterns[ok], analyzer.geometry)
+    except CalibrationError as error:
+        return replace(done, reason=f"not calibrated: {error}")
+    return replace(done, calibration=found.model_dump(mode="json"))

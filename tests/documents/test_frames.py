@@ -111,6 +111,13 @@ def test_a_masked_pixel_takes_the_mean_of_its_bin_and_does_not_saturate():
     assert np.sort(np.unique(patterns)).tolist() == [0, 12]
 
 
+def test_a_counter_that_has_run_full_is_saturated_without_being_told():
+    roi = np.zeros((2, 4, 4), np.uint16)
+    roi[1, 2, 3] = 65535
+    assert bin_frames(roi, geometry())[1].tolist() == [False, True]
+    assert bin_frames(roi.astype(float), geometry())[1].tolist() == [False, False]
+
+
 def test_a_saturated_pixel_is_noticed_in_its_frame_only():
     roi = np.zeros((3, 32, 48), np.uint16)
     roi[1, 4, 5] = 1000

@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 import pytest
 
-from nanobeam_bluesky.documents import Processor, RunPipeline, Tally, to_maps
+from nanobeam_bluesky.documents import AnalyzerChoice, Processor, RunPipeline, Tally, to_maps
 from nanobeam_bluesky.documents import pipeline as module
 from nanobeam_bluesky.models import Flag
 from nanobeam_bluesky.presets import Preset
@@ -32,7 +32,7 @@ class Inline:
         self.processor.close(pipeline.key)
 
 
-def analyse(documents, *, executor=None, seconds=20):
+def analyse(documents, *, executor=None, seconds=20, choice=None):
     """Put a recorded run through; returns the derived documents and the tally."""
     derived, tally = [], Tally()
     pipeline = RunPipeline(
@@ -40,6 +40,7 @@ def analyse(documents, *, executor=None, seconds=20):
         Preset.load("default"),
         executor or Inline(),
         lambda name, doc: derived.append((name, doc)),
+        choice=choice,
         tally=tally,
     )
     for name, doc in documents[1:]:
@@ -57,13 +58,54 @@ def analyse(documents, *, executor=None, seconds=20):
 def record(RE, geometry, tmp_path):
     """Fly, and keep the documents."""
 
-    def fly(shape=(4, 6), dialect=SimulatedSXDM, **options):
+    def fly(shape=(4, 6), dialect=SimulatedSXDM, change=None, **options):
         documents = []
-        sxdm = dialect(phantom("unique", shape), geometry, tmp_path, counts=20_000)
+        changed = geometry.model_copy(update=change or {})
+        sxdm = dialect(phantom("unique", shape), changed, tmp_path, counts=20_000)
         RE(sxdm_fly(sxdm, **options), lambda name, doc: documents.append((name, doc)))
         return documents
 
     return fly
+
+
+CALIBRATE = AnalyzerChoice(calibrate=True)
+
+
+@pytest.mark.parametrize("dialect", [SimulatedSXDM, EmbeddedSXDM])
+def test_a_scan_calibrates_its_own_geometry(record, dialect):
+    documents = record((5, 8), dialect, change={"pupil_blur_px": 0.8})
+    documents[0][1]["nanobeam"] |= {"pupil_blur_px": 0.0, "thickness_nm": 13.0}
+    wrong, _ = analyse(documents)
+    assert sum(flag > 0 for page in pages(wrong) for flag in page["data"]["flags"]) > 30
+    derived, tally = analyse(documents, choice=CALIBRATE)
+    assert tally.errors == 0
+    flags = [flag for page in pages(derived) for flag in page["data"]["flags"]]
+    assert (len(flags), sum(flags)) == (40, 0)
+    block = derived[0][1]["nanobeam"]
+    assert block["geometry"]["pupil_blur_px"] == pytest.approx(0.8, abs=0.05)
+    assert block["geometry"]["thickness_nm"] == pytest.approx(11.7, abs=0.1)
+    assert block["analyzer"]["calibration"]["thickness_nm"]["error"] < 0.1
+
+
+def test_a_scan_that_cannot_be_calibrated_is_analysed_as_it_stands(record):
+    documents = record((2, 3))  # too few points
+    derived, tally = analyse(documents, choice=CALIBRATE)
+    assert sum(len(page["seq_num"]) for page in pages(derived)) == 6
+    assert "not calibrated" in derived[0][1]["nanobeam"]["analyzer"]["calibration"]["failed"]
+    assert tally.last_error == derived[0][1]["nanobeam"]["analyzer"]["calibration"]["failed"]
+    assert "not calibrated" in derived[-1][1]["reason"]
+
+
+def test_calibration_waits_for_frames_and_gives_up_without_any(record, monkeypatch):
+    monkeypatch.setattr(module, "DEADLINE_SECONDS", 1.0)
+    documents = record((5, 8))
+    for name, doc in documents:
+        if name == "stream_resource":
+            doc["uri"] += ".not-there"
+    derived, _ = analyse(documents, choice=CALIBRATE)
+    assert "failed" in derived[0][1]["nanobeam"]["analyzer"]["calibration"]
+    flags = {flag for page in pages(derived) for flag in page["data"]["flags"]}
+    assert flags == {Flag.FRAME_MISSING | Flag.POSITION_MISSING}  # both were in these files
 
 
 def pages(derived):
