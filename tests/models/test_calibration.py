@@ -186,7 +186,7 @@ def test_the_center_of_a_transposed_pattern_moves_along_the_right_axis(truth):
 # ------------------------------------------------------------------------ all at once
 
 
-@pytest.mark.parametrize("optics", ["zone plate", "mirrors", "mirrors with a stop"])
+@pytest.mark.parametrize("optics", ["zone plate", "mirrors with a stop"])
 def test_all_at_once(geometry, optics):
     if optics != "zone plate":
         stop = 2.0 if "stop" in optics else 0.0
