@@ -116,6 +116,10 @@ def train(
     background: Annotated[
         float, typer.Option(help="Largest background, as a part of the pattern's mean.", min=0)
     ] = 0.0,
+    thickness_range: Annotated[
+        float | None,
+        typer.Option(help="Thickness as fourth result, up to this off the geometry's, nm.", min=0),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Length of the training; 6000 by default.", min=1)
     ] = None,
@@ -142,6 +146,7 @@ def train(
             network, card = train_network(
                 chosen,
                 sampling=sampling.value,
+                ranges=None if thickness_range is None else {"thickness": thickness_range},
                 counts=counts,
                 peak=peak,
                 background=background,
@@ -391,12 +396,21 @@ def _to_toml(geometry: Geometry) -> str:
     return "\n".join(lines) + "\n"
 
 
+_SYMBOLS = {
+    "strain": ("ε", ""),
+    "omega": ("ω", "°"),
+    "chi": ("χ", "°"),
+    "thickness": ("thickness", " nm"),
+}
+
+
 def _accuracy(card: Card) -> Table:
     """Errors and bounds of a network, by count level."""
     table = Table("counts", "", "RMSE", "Cramér-Rao bound", "ratio")
     for level in card.accuracy:
-        for name, symbol, unit in (("strain", "ε", ""), ("omega", "ω", "°"), ("chi", "χ", "°")):
-            rmse, bound = level.rmse[name], level.bound[name]
+        for name, rmse in level.rmse.items():
+            symbol, unit = _SYMBOLS[name]
+            bound = level.bound[name]
             texts = (f"{rmse:.2e}{unit}", f"{bound:.2e}{unit}", f"{rmse / bound:.2f}")
             table.add_row(f"{level.counts:.0f}" if name == "strain" else "", symbol, *texts)
     return table

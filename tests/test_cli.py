@@ -90,6 +90,18 @@ def test_train_stores_the_network_of_a_start_document(tmp_path):
     assert card.geometry == geometry
 
 
+def test_train_with_a_thickness_range_states_its_accuracy_too(tmp_path):
+    document = start_document(roi_shape=(64, 64))
+    path = tmp_path / "start.json"
+    path.write_text(json.dumps(document))
+    options = ("--start", path, "--steps", "20", "--counts", "1000", "1000")
+    text = nanobeam("train", *options, "--thickness-range", "2", home=tmp_path)
+    assert len([line for line in text.splitlines() if "thickness" in line and " nm" in line]) == 1
+    network, card = ModelStore(tmp_path / "models").load(Geometry.from_start(document))
+    assert card.ranges["thickness"] == 2
+    assert network.middle.tolist() == pytest.approx([0, 0, 0, 11.7])
+
+
 def test_train_refuses_an_impossible_geometry(tmp_path):
     (tmp_path / "film.toml").write_text(
         "energy_keV = 2.0\ndetector_distance_m = 0.85\npixel_size_um = 55\n"

@@ -15,7 +15,7 @@ from scipy.ndimage import distance_transform_edt
 from nanobeam_bluesky.geometry import Geometry
 from nanobeam_bluesky.models.correlation import RANGES, correlation_fit, default_library
 from nanobeam_bluesky.models.estimates import DEFAULT_FIT, MIN_COUNTS, Estimates, Flag
-from nanobeam_bluesky.models.networks import pick_device
+from nanobeam_bluesky.models.networks import outputs, pick_device
 from nanobeam_bluesky.models.refine import checked_counts, refine
 from nanobeam_bluesky.models.store import (
     Card,
@@ -190,7 +190,8 @@ class Analyzer:
         if self._network is None:
             return correlation_fit(patterns, self.geometry, library=self._library)
         n = len(patterns)
-        found = np.empty((n, 3))
+        names = outputs(self.card.ranges if self.card else ())
+        found = np.empty((n, len(names)))
         with torch.inference_mode():
             for first in range(0, n, BATCH):
                 part = patterns[first : first + BATCH]
@@ -198,14 +199,19 @@ class Analyzer:
                 batch[: len(part)] = part
                 out = self._network(torch.from_numpy(batch)[:, None].to(self.device))
                 found[first : first + BATCH] = out[: len(part)].cpu().numpy()
-        strain, omega, chi = found.T
-        return replace(Estimates.empty(n), strain=strain, omega=omega, chi=chi)
+        columns: dict[str, Any] = dict(zip(names, found.T, strict=True))
+        return replace(Estimates.empty(n), **columns)
 
     def _outside(self, estimates: Estimates) -> NDArray[np.bool_]:
         outside = np.zeros(len(estimates), dtype=bool)
         for name, limit in (RANGES if self.card is None else self.card.ranges).items():
+            middle = 0.0
+            if name == "thickness":
+                if self.fit and name not in self.fit:
+                    continue  # not estimated: taken as the geometry's
+                middle = self.geometry.thickness_nm
             tolerance = BEYOND_SIGMA * np.nan_to_num(getattr(estimates, f"{name}_sigma"))
-            outside |= ~(np.abs(getattr(estimates, name)) <= limit + tolerance)
+            outside |= ~(np.abs(getattr(estimates, name) - middle) <= limit + tolerance)
         return outside
 
     @staticmethod

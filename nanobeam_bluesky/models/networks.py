@@ -1,17 +1,20 @@
 """The networks: `NanobeamNN` as published, and `SeparableNet`, the default.
 
 Every network is made from a pattern shape, takes counts (n, 1, ny, nx) and returns strain,
-ω (deg) and χ (deg), (n, 3). How counts and labels are scaled inside is its own affair.
+ω (deg) and χ (deg), (n, 3), or also the film's thickness (nm), (n, 4), if it is made with a
+nominal one. How counts and labels are scaled inside is its own affair.
 """
 
 from __future__ import annotations
+
+from collections.abc import Container
 
 import torch
 from torch import Tensor, nn
 
 from nanobeam_bluesky.models.convolutions import apply_network
 
-__all__ = ["ARCHITECTURES", "NanobeamNN", "SeparableNet", "pick_device"]
+__all__ = ["ARCHITECTURES", "NanobeamNN", "SeparableNet", "outputs", "pick_device"]
 
 _COMPONENTS = 24
 
@@ -28,11 +31,16 @@ class NanobeamNN(nn.Module):
     ----------
     pattern_shape
         (ny, nx), at least 36×36.
+    thickness_nm
+        Of the nominal film, nm, for a fourth output, the thickness; as published without.
     """
 
     label_scale: Tensor
+    label_offset: Tensor
 
-    def __init__(self, pattern_shape: tuple[int, int]) -> None:
+    def __init__(
+        self, pattern_shape: tuple[int, int], *, thickness_nm: float | None = None
+    ) -> None:
         super().__init__()
         if min(pattern_shape) < 36:
             raise ValueError(
@@ -49,15 +57,19 @@ class NanobeamNN(nn.Module):
         ny, nx = pattern_shape
         for _ in range(3):
             ny, nx = (ny - 4) // 2, (nx - 4) // 2
-        self.fc1 = nn.Linear(inputs * ny * nx, 3)
-        self.register_buffer("label_scale", torch.tensor([100.0, 10.0, 5.0]), persistent=False)
+        scale = [100.0, 10.0, 5.0]
+        if thickness_nm is not None:
+            scale.append(2.5 / thickness_nm)  # 20 % off is 0.5, as the others' largest labels
+        self.fc1 = nn.Linear(inputs * ny * nx, len(scale))
+        self.register_buffer("label_scale", torch.tensor(scale), persistent=False)
+        self.register_buffer("label_offset", _nominal(thickness_nm), persistent=False)
 
     def forward(self, counts: Tensor) -> Tensor:
-        """Strain, ω (deg) and χ (deg) of counts (n, 1, ny, nx): (n, 3)."""
+        """Strain, ω (deg), χ (deg), and thickness (nm) if any, of counts (n, 1, ny, nx)."""
         compiled = counts.device.type == "cpu" and counts.dtype == self.fc1.weight.dtype
         compiled &= counts.dtype == torch.float32 and not torch.is_grad_enabled()
         labels: Tensor = self._compiled(counts) if compiled else self._layers(counts)
-        return labels / self.label_scale
+        return labels / self.label_scale + self.label_offset
 
     def _layers(self, counts: Tensor) -> Tensor:
         labels: Tensor = self.fc1(self.operation(counts).flatten(1))
@@ -91,6 +103,8 @@ class SeparableNet(nn.Module):
     ----------
     pattern_shape
         (ny, nx).
+    thickness_nm
+        Of the nominal film, nm, for a fourth output, the thickness.
     """
 
     rows: Tensor
@@ -98,8 +112,11 @@ class SeparableNet(nn.Module):
     offset: Tensor
     gain: Tensor
     span: Tensor
+    middle: Tensor
 
-    def __init__(self, pattern_shape: tuple[int, int]) -> None:
+    def __init__(
+        self, pattern_shape: tuple[int, int], *, thickness_nm: float | None = None
+    ) -> None:
         super().__init__()
         ny, nx = pattern_shape
         a, b = min(_COMPONENTS, ny), min(_COMPONENTS, nx)
@@ -107,21 +124,22 @@ class SeparableNet(nn.Module):
         self.register_buffer("columns", torch.zeros(nx, b))
         self.register_buffer("offset", torch.zeros(a, b))
         self.register_buffer("gain", torch.ones(a, b))
-        self.register_buffer("span", torch.ones(3))
+        self.register_buffer("middle", _nominal(thickness_nm), persistent=False)
+        self.register_buffer("span", torch.ones(len(self.middle)))
         self.dense = nn.Sequential(
             nn.Flatten(),
             nn.Linear(a * b, 256),
             nn.GELU(),
             nn.Linear(256, 128),
             nn.GELU(),
-            nn.Linear(128, 3),
+            nn.Linear(128, len(self.middle)),
         )
 
     @torch.no_grad()
     def fit_features(self, patterns: Tensor, span: Tensor) -> None:
         """Set the fixed matrices from expected patterns (n, ny, nx).
 
-        Outputs are in units of span (3,): strain, ω (deg), χ (deg).
+        Outputs are in units of span (3,) or (4,): strain, ω (deg), χ (deg), thickness (nm).
         """
         y = _stabilised(patterns)
         mean = y.mean(0)
@@ -137,10 +155,15 @@ class SeparableNet(nn.Module):
         self.span.copy_(span)
 
     def forward(self, counts: Tensor) -> Tensor:
-        """Strain, ω (deg) and χ (deg) of counts (n, 1, ny, nx): (n, 3)."""
+        """Strain, ω (deg), χ (deg), and thickness (nm) if any, of counts (n, 1, ny, nx)."""
         features = self.rows @ (_stabilised(counts[:, 0]) @ self.columns)
         labels: Tensor = self.dense((features - self.offset) * self.gain)
-        return labels * self.span
+        return labels * self.span + self.middle
+
+
+def _nominal(thickness_nm: float | None) -> Tensor:
+    """Outputs of the nominal film."""
+    return torch.tensor([0.0, 0.0, 0.0] if thickness_nm is None else [0.0, 0.0, 0.0, thickness_nm])
 
 
 def _stabilised(counts: Tensor) -> Tensor:
@@ -154,6 +177,12 @@ ARCHITECTURES: dict[str, type[NanobeamNN] | type[SeparableNet]] = {
     "NanobeamNN": NanobeamNN,
 }
 """Name in a `Card` → network."""
+
+
+def outputs(ranges: Container[str]) -> tuple[str, ...]:
+    """Names of a network's outputs: thickness comes fourth if it has a range."""
+    names = ("strain", "omega", "chi", "thickness")
+    return names if "thickness" in ranges else names[:3]
 
 
 def pick_device(device: str) -> str:

@@ -84,7 +84,8 @@ def refine(
         (n, ny, nx), counts.
     start
         First estimates of strain, ω and χ, n points; those of a network or of
-        `correlation_fit`. Where one is not finite, the fit starts from zero.
+        `correlation_fit`. Where one is not finite, the fit starts from zero. The thickness,
+        if fitted, starts from the geometry's where there is none.
     geometry
         The geometry.
     fit
@@ -129,8 +130,11 @@ def refine(
         np.where(np.isfinite(v), v, 0.0) for v in (start.strain, start.omega, start.chi)
     )
     strain = np.clip(strain, -0.5, 1)
-    fitted = fit_shifts(counts, np.stack(shifts(plan, strain, omega, chi), 1), geometry,
-                        fit=fit, used=used, which=lit)  # fmt: skip
+    first = np.stack(shifts(plan, strain, omega, chi), 1)
+    if "thickness" in fit:
+        part = np.nan_to_num(10 * start.thickness / plan.thickness, nan=1.0)
+        first = np.column_stack([first, np.clip(part, *_THICKNESS_RANGE) * plan.thickness])
+    fitted = fit_shifts(counts, first, geometry, fit=fit, used=used, which=lit)
     estimates = _estimates(fitted, plan, fit, total, lit, start)
     flags = estimates.flags | np.where(fractional, int(Flag.MISFIT), 0)
     estimates = replace(estimates, flags=flags)
@@ -153,7 +157,7 @@ def fit_shifts(
     counts
         (n, ny, nx).
     start
-        (n, 3), shift_x, shift_y, dq.
+        (n, 3), shift_x, shift_y, dq, or (n, 4), with the thickness.
     geometry, fit
         As for `refine`.
     used
@@ -175,8 +179,8 @@ def fit_shifts(
     free[_BACKGROUND] = "background" in fit
     n = len(counts)
     values = np.zeros((n, _P))
-    values[:, :3] = start
     values[:, _THICKNESS] = plans[0].thickness
+    values[:, : start.shape[1]] = start
     values[:, _BLUR] = geometry.pupil_blur_px
     covariance = np.zeros((n, _P, _P))
     quality = np.full((n, 6), np.nan)

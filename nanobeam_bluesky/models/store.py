@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from nanobeam_bluesky.geometry import Geometry
-from nanobeam_bluesky.models.networks import ARCHITECTURES
+from nanobeam_bluesky.models.networks import ARCHITECTURES, outputs
 
 __all__ = ["Accuracy", "Card", "ModelNotFoundError", "ModelRefusedError", "ModelStore"]
 
@@ -38,7 +38,8 @@ class Accuracy(BaseModel):
     counts: float
     """Mean counts of a pattern, e.g. 4300."""
     rmse: dict[str, float]
-    """Root mean square error of strain, omega (deg) and chi (deg)."""
+    """Root mean square error of strain, omega (deg) and chi (deg), and of thickness (nm)
+    where it has a range."""
     bias: dict[str, float]
     """Mean error."""
     bound: dict[str, float]
@@ -57,7 +58,8 @@ class Card(BaseModel):
     architecture: str
     """Name of the network, a key of `networks.ARCHITECTURES`."""
     ranges: dict[str, float]
-    """Half-ranges of strain, omega (deg) and chi (deg) in training."""
+    """Half-ranges of strain, omega (deg) and chi (deg) in training; of thickness (nm), around
+    the geometry's, where it is a fourth output."""
     training: dict[str, Any]
     """Settings of the training."""
     accuracy: tuple[Accuracy, ...]
@@ -228,14 +230,17 @@ class ModelStore:
                     f"{weights}: altered or truncated (its hash is not the card's); "
                     "train again with 'nanobeam train'"
                 )
-            network = ARCHITECTURES[card.architecture](geometry.pattern_shape)
+            network = ARCHITECTURES[card.architecture](
+                geometry.pattern_shape,
+                thickness_nm=geometry.thickness_nm if "thickness" in card.ranges else None,
+            )
             network.load_state_dict(load(content))
         except (OSError, SafetensorError) as error:
             raise ModelRefusedError(f"{weights}: {error}") from None
         except (RuntimeError, ValueError) as error:
             raise ModelRefusedError(
                 f"{weights}: not weights of {card.architecture} for patterns of "
-                f"{geometry.pattern_shape} pixels: {error}"
+                f"{geometry.pattern_shape} pixels and {outputs(card.ranges)}: {error}"
             ) from None
         return network.eval(), card
 

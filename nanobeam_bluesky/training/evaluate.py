@@ -11,12 +11,16 @@ from torch import nn
 
 from nanobeam_bluesky.geometry import Geometry
 from nanobeam_bluesky.models.analyzer import Analyzer
-from nanobeam_bluesky.models.correlation import PARAMETERS, RANGES
+from nanobeam_bluesky.models.correlation import RANGES
+from nanobeam_bluesky.models.networks import outputs
 from nanobeam_bluesky.models.store import Accuracy
 from nanobeam_bluesky.physics import Sampling, cramer_rao, forward
 from nanobeam_bluesky.training.noise import poisson
 
-__all__ = ["evaluate", "random_parameters"]
+__all__ = ["MARGIN", "checked_ranges", "evaluate", "simulate"]
+
+MARGIN = 1.1
+"""Trained beyond the ranges, so that what lies outside is seen to lie outside."""
 
 _BOUNDS = 512  # patterns of which the bound is averaged
 
@@ -44,7 +48,7 @@ def evaluate(
         Of the simulation, see `physics.forward`.
     ranges
         Half-ranges of strain, omega (deg) and chi (deg), those of the published library
-        if absent.
+        if absent; and of thickness (nm) around the geometry's, which is fixed if absent.
     counts
         Mean counts of a pattern.
     peak
@@ -55,20 +59,22 @@ def evaluate(
     Returns
     -------
     Accuracy
-        The bound is that of the continuous model with an unknown scale, without background.
+        The bound is that of the continuous model with an unknown scale, without background;
+        of an unknown thickness, if it has a range.
 
     Raises
     ------
     ValueError
-        Unless exactly one of `counts` and `peak` is given.
+        Unless exactly one of `counts` and `peak` is given; if a range is impossible, see
+        `checked_ranges`.
     """
     if (counts is None) == (peak is None):
         raise ValueError(f"give either counts or peak, found counts = {counts}, peak = {peak}")
+    limits = checked_ranges(geometry, ranges)
+    names = outputs(limits)
     # a stream of its own: no seed of a training draws the same parameters
     rng = np.random.default_rng([seed, 1])
-    truth = random_parameters(rng, n, RANGES | (ranges or {}))
-    strain, omega, chi = truth.T
-    patterns = forward(strain, omega, chi, geometry, sampling=sampling)
+    truth, patterns = simulate(rng, n, geometry, limits, sampling)
     unit = float(patterns.sum(axis=(1, 2)).mean())
     scale = counts / unit if counts is not None else peak
     assert scale is not None
@@ -77,37 +83,80 @@ def evaluate(
     )
     if isinstance(estimator, Analyzer):
         estimates = estimator.process(noisy)
-        found = np.stack([getattr(estimates, name) for name in PARAMETERS], axis=1)
+        found = np.stack([getattr(estimates, name) for name in names], axis=1)
     else:
-        found = _apply(estimator, noisy)
-    error = found - truth
-    strain, omega, chi = truth[:_BOUNDS].T
-    fit = ("strain", "omega", "chi", "scale")
-    bound = cramer_rao(strain, omega, chi, geometry, scale=scale, fit=fit)
+        found = _apply(estimator, noisy)[:, : len(names)]
+    error = found - truth[:, : found.shape[1]]  # a network need not give the thickness
+    strain, omega, chi, *film = truth[:_BOUNDS].T
+    bound = cramer_rao(
+        strain,
+        omega,
+        chi,
+        geometry,
+        scale=scale,
+        thickness=film[0] if film else None,
+        fit=(*names, "scale"),
+    )
     return Accuracy(
         counts=scale * unit,
         rmse=_named(np.sqrt(np.square(error).mean(axis=0))),
         bias=_named(error.mean(axis=0)),
-        bound={name: _finite_rms(bound[name]) for name in PARAMETERS},
+        bound={name: _finite_rms(bound[name]) for name in names},
     )
 
 
-def random_parameters(
-    rng: np.random.Generator, n: int, ranges: dict[str, float]
-) -> NDArray[np.float64]:
-    """Draw strain, ω (deg) and χ (deg) uniformly: (n, 3)."""
-    return rng.uniform(-1, 1, (n, 3)) * [ranges[name] for name in PARAMETERS]
+def checked_ranges(geometry: Geometry, ranges: dict[str, float] | None) -> dict[str, float]:
+    """Half-ranges of what a network estimates, the published ones where none are given.
+
+    Raises
+    ------
+    ValueError
+        If one is of something else, or if it is not above 0, or if `MARGIN` times that of the
+        thickness reaches the geometry's.
+    """
+    limits = RANGES | (ranges or {})
+    for name, limit in limits.items():
+        most = math.inf
+        if name == "thickness":
+            most = geometry.thickness_nm / MARGIN
+        elif name not in RANGES:
+            raise ValueError(f"ranges: unknown {name!r}; known are {', '.join(RANGES)}, thickness")
+        if not 0 < limit < most:
+            raise ValueError(
+                f"ranges: {name} = {limit} is a half-range and must lie between 0 and {most:.4g}"
+            )
+    return limits
+
+
+def simulate(
+    rng: np.random.Generator,
+    n: int,
+    geometry: Geometry,
+    ranges: dict[str, float],
+    sampling: Sampling,
+) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+    """Parameters drawn uniformly, in the order of `outputs` (n, 3 or 4), and their patterns."""
+    names = outputs(ranges)
+    truth = rng.uniform(-1, 1, (n, len(names))) * [ranges[name] for name in names]
+    thickness = None
+    if "thickness" in ranges:
+        truth[:, 3] += geometry.thickness_nm
+        thickness = truth[:, 3]
+    strain, omega, chi = truth[:, :3].T
+    patterns = forward(strain, omega, chi, geometry, sampling=sampling, thickness=thickness)
+    return truth, patterns
 
 
 def _apply(network: nn.Module, patterns: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Estimates (n, 3) of a network on the CPU for counts (n, ny, nx)."""
+    """Estimates (n, 3 or 4) of a network on the CPU for counts (n, ny, nx)."""
     with torch.inference_mode():
         parts = [network(part[:, None]) for part in torch.from_numpy(patterns).split(64)]
     return torch.cat(parts).double().numpy()
 
 
 def _named(values: NDArray[np.float64]) -> dict[str, float]:
-    return {name: float(f"{v:.3g}") for name, v in zip(PARAMETERS, values, strict=True)}
+    names = outputs(("thickness",))
+    return {name: float(f"{v:.3g}") for name, v in zip(names, values, strict=False)}
 
 
 def _finite_rms(values: NDArray[np.float64]) -> float:

@@ -19,11 +19,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nanobeam_bluesky.geometry import Geometry
-from nanobeam_bluesky.models.correlation import PARAMETERS, RANGES
-from nanobeam_bluesky.models.networks import ARCHITECTURES, SeparableNet, pick_device
+from nanobeam_bluesky.models.networks import (
+    ARCHITECTURES,
+    SeparableNet,
+    outputs,
+    pick_device,
+)
 from nanobeam_bluesky.models.store import Card
-from nanobeam_bluesky.physics import Sampling, forward
-from nanobeam_bluesky.training.evaluate import evaluate, random_parameters
+from nanobeam_bluesky.physics import Sampling
+from nanobeam_bluesky.training.evaluate import MARGIN, checked_ranges, evaluate, simulate
 from nanobeam_bluesky.training.noise import poisson
 
 __all__ = ["Progress", "train"]
@@ -36,10 +40,10 @@ _BATCH = 128
 _RATES = {"SeparableNet": 8e-3, "NanobeamNN": 2e-3}  # learning rates at their largest
 _WARM_UP = 0.1  # of the training
 _MEMORY = 0.99  # of the running mean of the weights
-_WEIGHTS = (1.0, 4.0, 4.0)  # of the errors relative to the ranges: tilts are found more sharply
+# of the errors relative to the ranges: tilts are found more sharply, thickness less
+_WEIGHTS = {"strain": 1.0, "omega": 4.0, "chi": 4.0, "thickness": 0.5}
 _CEILING = 4e4  # counts from which more of them hardly help the network
 
-_MARGIN = 1.1  # trained beyond the ranges, so that what lies outside is seen to lie outside
 _POOL = 8192  # simulated patterns, of 64×64 pixels or less
 _FRESH = 16  # of them simulated anew at every step: 0.6 ms
 _HELD_OUT = 2048
@@ -47,7 +51,7 @@ _VALIDATIONS = 20
 _PATIENCE = 6  # validations without progress before training stops
 
 Batch = tuple[Tensor, Tensor, Tensor]
-"""Counts (n, 1, ny, nx), strain, ω (deg) and χ (deg) (n, 3), weights (n, 1)."""
+"""Counts (n, 1, ny, nx), `outputs` (n, 3 or 4), weights (n, 1)."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,8 @@ def train(
         A key of `models.networks.ARCHITECTURES`.
     ranges
         Half-ranges of strain, omega (deg) and chi (deg), those of the published library
-        if absent.
+        if absent; with one of thickness (nm), around the geometry's, the network has the
+        thickness as its fourth output.
     counts
         Mean counts of a pattern, or their range (drawn uniformly in the logarithm).
     peak
@@ -135,20 +140,23 @@ def train(
     Raises
     ------
     ValueError
-        If the architecture is unknown or takes no patterns as small as these, or if the
-        beam misses the ROI.
+        If the architecture is unknown or takes no patterns as small as these, if a range is
+        impossible or of thickness for the published sampling, or if the beam misses the ROI.
     """
     started = time.perf_counter()
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture = {architecture!r}: known are {', '.join(ARCHITECTURES)}")
     if steps is None and seconds is None:
         steps = _STEPS
-    limits = RANGES | (ranges or {})
+    limits = checked_ranges(geometry, ranges)
     torch.manual_seed(seed)
-    network = ARCHITECTURES[architecture](geometry.pattern_shape)
+    network = ARCHITECTURES[architecture](
+        geometry.pattern_shape,
+        thickness_nm=geometry.thickness_nm if "thickness" in limits else None,
+    )
     patterns = _Patterns(geometry, sampling, limits, counts, peak, background, seed)
     if isinstance(network, SeparableNet):
-        span = torch.tensor([limits[name] for name in PARAMETERS])
+        span = torch.tensor([limits[name] for name in outputs(limits)])
         network.fit_features(torch.from_numpy(patterns.pool), span)
 
     def done(step: int) -> tuple[float, float]:
@@ -197,7 +205,7 @@ class _Patterns:
         seed: int,
     ) -> None:
         self._geometry, self._sampling, self._background = geometry, sampling, background
-        self._beyond = {name: _MARGIN * limit for name, limit in ranges.items()}
+        self._beyond = {name: MARGIN * limit for name, limit in ranges.items()}
         self._rng = np.random.default_rng([seed, 0])
         ny, nx = geometry.pattern_shape
         size = max(_BATCH, min(_POOL, _POOL * 64 * 64 // (ny * nx)))  # 0.1 GB
@@ -212,7 +220,7 @@ class _Patterns:
             counts = peak * self._unit
         self.counts = counts if isinstance(counts, tuple) else (counts, counts)
         # of the error relative to the ranges
-        self.per_range = np.array(_WEIGHTS) / [ranges[name] for name in PARAMETERS]
+        self.per_range = np.array([_WEIGHTS[name] / ranges[name] for name in outputs(ranges)])
         self._next = 0
 
     def held_out(self) -> list[Batch]:
@@ -232,10 +240,7 @@ class _Patterns:
         return self._with_noise(self._truth, self.pool, which)
 
     def _simulate(self, n: int) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-        truth = random_parameters(self._rng, n, self._beyond)
-        strain, omega, chi = truth.T
-        patterns = forward(strain, omega, chi, self._geometry, sampling=self._sampling)
-        return truth, patterns
+        return simulate(self._rng, n, self._geometry, self._beyond, self._sampling)
 
     def _with_noise(
         self, truth: NDArray[np.float64], patterns: NDArray[np.float32], which: NDArray[np.int64]

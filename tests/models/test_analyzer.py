@@ -4,9 +4,17 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from nanobeam_bluesky.geometry import Geometry
-from nanobeam_bluesky.models import Analyzer, Flag, ModelNotFoundError, ModelStore
+from nanobeam_bluesky.models import (
+    DEFAULT_FIT,
+    Accuracy,
+    Analyzer,
+    Flag,
+    ModelNotFoundError,
+    ModelStore,
+)
 from nanobeam_bluesky.physics import forward
 
 
@@ -102,6 +110,67 @@ def test_correlation_needs_no_training_and_gives_no_sigma(tmp_path, geometry, si
     estimates = analyzer.process(counts)
     assert np.corrcoef(truth[:, 1], estimates.omega)[0, 1] > 0.9
     assert np.isnan(estimates.omega_sigma).all()
+
+
+class Knowing(torch.nn.Module):
+    """A network that answers (n, k), whatever the patterns."""
+
+    def __init__(self, answers):
+        super().__init__()
+        self.answers = torch.as_tensor(answers, dtype=torch.float32)
+
+    def forward(self, counts):
+        out = torch.zeros(len(counts), self.answers.shape[1])
+        out[: len(self.answers)] = self.answers
+        return out
+
+
+@pytest.fixture
+def film_card(card):
+    """Of a network with thickness, half-range 2 nm, error 0.1 nm at all counts."""
+    levels = [
+        Accuracy(**{key: values | {"thickness": 0.1} for key, values in errors.items()}, counts=n)
+        for n, errors in ((a.counts, a.model_dump(exclude={"counts"})) for a in card.accuracy)
+    ]
+    ranges = card.ranges | {"thickness": 2.0}
+    return card.model_copy(update={"ranges": ranges, "accuracy": tuple(levels)})
+
+
+def test_thickness_has_sigma_and_a_range_around_the_geometrys(film_card, geometry):
+    found = [11.7, 13.9, 14.1, 9.5, 9.3]  # limits 11.7 ± (2 + 3 · 0.1)
+    network = Knowing([[0, 0, 0, nm] for nm in found])
+    patterns = np.ones((5, *geometry.pattern_shape))
+    estimates = Analyzer(geometry, network=network, card=film_card).process(patterns)
+    np.testing.assert_allclose(estimates.thickness, found, rtol=1e-6)
+    np.testing.assert_allclose(estimates.thickness_sigma, 0.1, rtol=1e-6)
+    assert estimates.flags.tolist() == [0, 0, Flag.OUT_OF_RANGE, 0, Flag.OUT_OF_RANGE]
+
+
+def test_thickness_that_is_not_refined_is_the_geometrys_and_no_reason_for_a_flag(
+    film_card, geometry, simulate
+):
+    truth, counts = simulate(20)
+    network = Knowing(np.column_stack([truth, np.full(20, 11.7)]))
+    analyzer = Analyzer(geometry, network=network, card=film_card, fit=DEFAULT_FIT)
+    estimates = analyzer.process(counts)
+    assert np.isnan(estimates.thickness).all()
+    assert not (estimates.flags & Flag.OUT_OF_RANGE).any()
+
+
+def test_refinement_starts_from_the_thickness_of_the_network(card, film_card, geometry):
+    """Half as thick as stated: from there a fit ends in one fringe or another."""
+    stated = geometry.model_copy(update={"thickness_nm": 100.0})
+    truth = np.random.default_rng(0).uniform(-0.8, 0.8, (60, 3)) * [0.005, 0.05, 0.1]
+    patterns = forward(*truth.T, stated, thickness=50.0)
+    counts = np.random.default_rng(1).poisson(patterns * 6000 / patterns.sum((1, 2)).mean())
+    fit = (*DEFAULT_FIT, "thickness")
+
+    def found(network, card):
+        analyzer = Analyzer(stated, network=network, card=card, fit=fit)
+        return np.abs(analyzer.process(counts).thickness - 50) < 5
+
+    assert found(Knowing(truth), card).mean() < 0.5
+    assert found(Knowing(np.column_stack([truth, np.full(60, 52.0)])), film_card).all()
 
 
 def test_no_patterns_give_no_points(published):

@@ -27,6 +27,16 @@ def test_published_network_returns_physical_units():
     np.testing.assert_allclose(found.numpy(), [[0.01, 0.1, 0.2]], rtol=1e-6)
 
 
+def test_thickness_is_a_fourth_output_around_the_nominal_one():
+    network = NanobeamNN((64, 64), thickness_nm=50.0)
+    assert [tuple(p.shape) for p in network.parameters()][-2:] == [(4, 1024), (4,)]
+    with torch.no_grad():
+        network.fc1.weight.zero_()
+        network.fc1.bias.fill_(0.5)  # labels: strain × 100, ω × 10, χ × 5, thickness 20 % off
+        found = network(torch.ones(1, 1, 64, 64))
+    np.testing.assert_allclose(found.numpy(), [[0.005, 0.05, 0.1, 60.0]], rtol=1e-6)
+
+
 def test_published_network_refuses_patterns_that_it_would_pool_to_nothing():
     with pytest.raises(ValueError, match=r"\(36, 35\).*36×36.*SeparableNet"):
         NanobeamNN((36, 35))
@@ -78,6 +88,11 @@ def test_compiled_network_does_not_hide_a_pixel_that_is_not_a_number():
 def test_every_network_takes_rectangular_patterns(name, shape):
     network = ARCHITECTURES[name](shape)
     assert network(torch.ones(2, 1, *shape)).shape == (2, 3)
+    network = ARCHITECTURES[name](shape, thickness_nm=20.0)
+    with torch.no_grad():
+        compiled = network(torch.ones(2, 1, *shape))
+    assert compiled.shape == (2, 4)
+    np.testing.assert_allclose(compiled, network(torch.ones(2, 1, *shape)).detach(), atol=1e-5)
 
 
 def test_default_network_takes_the_smallest_pattern_and_an_empty_one():

@@ -89,6 +89,26 @@ def test_weights_of_another_architecture_are_refused(store, geometry):
         store.load(smaller)
 
 
+def test_network_with_a_thickness_comes_back_with_it_and_takes_the_place_of_one_without(
+    store, geometry, card, simulate
+):
+    network = SeparableNet(geometry.pattern_shape, thickness_nm=geometry.thickness_nm).eval()
+    store.save(network, card.model_copy(update={"ranges": card.ranges | {"thickness": 2.0}}))
+    loaded, found = store.load(geometry)
+    x = torch.from_numpy(simulate(3)[1])[:, None]
+    with torch.inference_mode():
+        np.testing.assert_array_equal(loaded(x).numpy(), network(x).numpy())
+    assert loaded(x).shape == (3, 4)
+    assert found.ranges["thickness"] == 2.0
+
+
+def test_card_and_weights_must_agree_on_the_thickness(store, geometry, card):
+    path = store.root / f"{geometry.fingerprint()}.json"
+    edit(path, ranges=card.ranges | {"thickness": 2.0})
+    with pytest.raises(ModelRefusedError, match=r"not weights of SeparableNet.*'thickness'"):
+        store.load(geometry)
+
+
 @pytest.mark.parametrize("content", ["", "{}", "[1, 2]", '{"geometry": 1}'])
 def test_damaged_card_is_refused(store, geometry, content):
     (store.root / f"{geometry.fingerprint()}.json").write_text(content)

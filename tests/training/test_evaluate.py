@@ -28,6 +28,30 @@ def test_bound_falls_with_the_root_of_the_counts(geometry):
         assert few[name] == pytest.approx(10 * many[name], rel=0.01), name
 
 
+def test_unknown_thickness_raises_the_bound_of_strain(geometry):
+    known, unknown = (
+        evaluate(Constant(), geometry, counts=6000, ranges=ranges, n=600)
+        for ranges in (None, {"thickness": 2.0})
+    )
+    assert unknown.bound["strain"] > 1.3 * known.bound["strain"]
+    assert unknown.bound["omega"] < 1.1 * known.bound["omega"]
+    assert 0.1 < unknown.bound["thickness"] < 0.4
+    assert list(unknown.rmse) == ["strain", "omega", "chi"]  # what this network gives
+
+
+@pytest.mark.parametrize(
+    ("ranges", "message"),
+    [
+        ({"thickness": 11.7}, r"thickness = 11.7 is a half-range .* between 0 and 10.64"),
+        ({"omega": 0.0}, "omega = 0.0 .* between 0 and inf"),
+        ({"tilt": 1.0}, "unknown 'tilt'; known are strain, omega, chi, thickness"),
+    ],
+)
+def test_impossible_range_is_refused(geometry, ranges, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(Constant(), geometry, counts=6000, ranges=ranges)
+
+
 def test_peak_is_that_of_the_library():
     found = evaluate(Constant(), Geometry.published(), sampling="published", peak=7, n=500)
     assert found.counts == pytest.approx(5900, rel=0.02)

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from nanobeam_bluesky.geometry import Geometry
-from nanobeam_bluesky.models import Analyzer, ModelStore
+from nanobeam_bluesky.models import DEFAULT_FIT, Analyzer, ModelStore
 from nanobeam_bluesky.training import evaluate, train
 
 QUICK = {"steps": 40}
@@ -64,6 +64,33 @@ def test_other_architecture_ranges_and_peak():
     assert type(network).__name__ == card.architecture == "NanobeamNN"
     assert card.ranges == {"strain": 0.005, "omega": 0.05, "chi": 0.05}
     assert len(card.accuracy) == 1
+
+
+def test_network_with_a_thickness_range_finds_the_thickness(geometry, tmp_path):
+    ranges = {"thickness": 2.34}
+    network, card = train(geometry, ranges=ranges, counts=6000, steps=400)
+    (level,) = card.accuracy
+    assert card.ranges["thickness"] == 2.34
+    assert level.rmse["thickness"] < 0.5 * 2.34 / np.sqrt(3)  # of what a constant answer has
+    assert level.rmse["strain"] < 0.3 * 0.005 / np.sqrt(3)
+    store = ModelStore(tmp_path)
+    store.save(network, card)
+    fit = (*DEFAULT_FIT, "thickness")
+    refined = evaluate(
+        Analyzer.for_geometry(geometry, fit=fit, store=store),
+        geometry,
+        ranges=ranges,
+        counts=6000,
+        n=500,
+        seed=1,
+    )
+    for name, bound in refined.bound.items():
+        assert refined.rmse[name] < 1.2 * bound, name
+
+
+def test_thickness_needs_the_continuous_sampling(geometry):
+    with pytest.raises(ValueError, match="thickness: the published sampling"):
+        train(geometry, sampling="published", ranges={"thickness": 2.0})
 
 
 def test_torch_threads_are_given_back(geometry):
