@@ -36,7 +36,7 @@ from nanobeam_bluesky.models import (
     correlation_fit,
 )
 from nanobeam_bluesky.models.correlation import PARAMETERS, RANGES
-from nanobeam_bluesky.models.refine import refine
+from nanobeam_bluesky.models.refinement import refine
 from nanobeam_bluesky.physics import Sampling, cramer_rao, forward
 from nanobeam_bluesky.physics.published import LIBRARY_STEPS
 from nanobeam_bluesky.sim import phantom
@@ -403,7 +403,7 @@ def degenerate(light: Light) -> Iterator[tuple[str, Floats, Patterns]]:
     truth = light.truth
     x, y = BLURRED.bragg_center_px
     roi = BLURRED.roi
-    origin = {"roi_origin_px": (roi.row, roi.col)}
+    origin: dict[str, Any] = {"roi_origin_px": (roi.row, roi.col)}
     wavelength = HC_KEV_ANGSTROM / (HC_KEV_ANGSTROM / SHARP.wavelength_angstrom + 0.05)
     yield "no fault", truth, light.patterns()
     yield "flip_x", truth, light.patterns()[:, :, ::-1]

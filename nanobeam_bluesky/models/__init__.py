@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     )
     from nanobeam_bluesky.models.correlation import CorrelationLibrary, correlation_fit
     from nanobeam_bluesky.models.networks import NanobeamNN, SeparableNet
-    from nanobeam_bluesky.models.refine import refine
+    from nanobeam_bluesky.models.refinement import refine
     from nanobeam_bluesky.models.store import (
         Accuracy,
         Card,
@@ -66,7 +66,7 @@ __getattr__ = lazy(
         "SeparableNet": "networks",
         "calibrate": "calibration",
         "correlation_fit": "correlation",
-        "refine": "refine",
+        "refine": "refinement",
         "sensitivity": "systematics",
     },
 )

@@ -16,7 +16,7 @@ from nanobeam_bluesky.geometry import Geometry
 from nanobeam_bluesky.models.correlation import RANGES, correlation_fit, default_library
 from nanobeam_bluesky.models.estimates import DEFAULT_FIT, MIN_COUNTS, Estimates, Flag
 from nanobeam_bluesky.models.networks import outputs, pick_device
-from nanobeam_bluesky.models.refine import checked_counts, refine
+from nanobeam_bluesky.models.refinement import checked_counts, refine
 from nanobeam_bluesky.models.store import (
     Card,
     ModelNotFoundError,

@@ -17,7 +17,7 @@ from scipy.special import xlogy
 from nanobeam_bluesky.geometry import Geometry, Orientation
 from nanobeam_bluesky.models.correlation import CorrelationLibrary, correlation_fit
 from nanobeam_bluesky.models.estimates import DEFAULT_FIT, MIN_COUNTS, Estimates
-from nanobeam_bluesky.models.refine import Fitted, fit_shifts, refine
+from nanobeam_bluesky.models.refinement import Fitted, fit_shifts, refine
 from nanobeam_bluesky.models.systematics import center_effect, frame_direction
 from nanobeam_bluesky.physics.continuous import continuous_plan, render_continuous, shifts
 

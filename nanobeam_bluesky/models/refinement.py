@@ -39,6 +39,8 @@ _OPTIONAL = ("background", "thickness", "blur")
 _X, _Y, _DQ, _THICKNESS, _BLUR, _SCALE, _BACKGROUND = range(7)
 _P = 7
 
+_TOP, _LOST, _DARK = range(3)  # how a fit ends: at the maximum, not, or without any light
+
 _EVALUATIONS = 30
 _CLOSE = 0.02  # squared distance to the maximum, in σ, from which the last step is taken
 _FAINT = 1e-6  # least background, in units of the scale: what a blurred rim ends in
@@ -401,11 +403,31 @@ def _invert(factor: Floats, free: NDArray[np.bool_], out: Floats) -> None:
             out[a, b] = value
 
 
+class _Space(NamedTuple):
+    """Arrays that the patterns of one thread use one after the other."""
+
+    counts: Floats  # (nx, ny)
+    used: Floats  # (nx, ny)
+    channels: Floats  # (5 or 6, nx, ny), the model
+    one: Floats  # (0 or 5, nx, ny), the model at one blur
+    work: Floats
+    bits: NDArray[np.int32]
+    small: Floats  # (k + 1, k + 1): information without what is not modelled
+    small_score: Floats
+    information: Floats  # (7, 7), at `now`
+    score: Floats  # (7,), at `now`
+    factor: Floats  # (7, 7)
+    step: Floats  # (7,)
+    now: Floats  # (7,), the best values so far
+    trial: Floats  # (7,), the values to try next
+    free: NDArray[np.bool_]  # (7,), what is fitted
+    moving: NDArray[np.bool_]  # (7,), what is fitted and not at its limit
+
+
 @kernel
-def _first_brightness(
-    pattern: Floats, counts: Floats, used: Floats, background: bool, values: Floats
-) -> bool:
+def _first_brightness(space: _Space) -> bool:
     """Scale and background from the pixels that the model says are lit, and the dark ones."""
+    pattern, counts, used = space.channels[0], space.counts, space.used
     peak = 0.0
     for x in range(pattern.shape[0]):
         for y in range(pattern.shape[1]):
@@ -425,14 +447,12 @@ def _first_brightness(
                 n_dark += 1
     if light <= 0:
         return False
-    floor = dark / n_dark if n_dark > 0 else 0.0
-    if not background:
-        floor = 0.0
+    floor = dark / n_dark if n_dark > 0 and space.free[_BACKGROUND] else 0.0
     scale = (lit - floor * n_lit) / light
     if scale <= 0:
         scale = (lit + dark) / light
-    values[_SCALE] = scale
-    values[_BACKGROUND] = max(floor, _FAINT * scale)
+    space.trial[_SCALE] = scale
+    space.trial[_BACKGROUND] = max(floor, _FAINT * scale)
     return True
 
 
@@ -460,8 +480,112 @@ def _advance(
 def _spread(short: Floats, full: Floats) -> None:
     """Copy (…, scale, background) to the kernel's order of parameters."""
     n = short.size - 2
-    full[:n] = short[:n]
-    full[_SCALE:] = short[n:]
+    for a in range(n):
+        full[a] = short[a]
+    full[_SCALE], full[_BACKGROUND] = short[n], short[n + 1]
+
+
+@kernel
+def _copy(source: NDArray[Any], target: NDArray[Any]) -> None:
+    """Copy (7,); a slice would add seconds to the compilation, for its errors."""
+    for a in range(_P):
+        target[a] = source[a]
+
+
+@kernel
+def _climb(space: _Space, plans: tuple[ContinuousPlan, ...], blurs: Floats) -> tuple[int, float]:
+    """Raise the likelihood from `trial` on; leaves the most likely values there.
+
+    Returns how it ended, and by how much the last step lowers the deviance. Model and
+    information are left as they are before that step.
+    """
+    now, trial = space.now, space.trial
+    lowest, damping, decrement, length = np.inf, 0.0, 0.0, np.inf
+    ending = _LOST
+    last = False
+    for evaluation in range(_EVALUATIONS):
+        _model(plans, blurs, trial, space.channels, space.one)
+        if evaluation == 0:
+            if not _first_brightness(space):
+                return _DARK, 0.0
+            _copy(trial, now)
+        if last:
+            return ending, 0.0
+        likelihood = poisson_sums(
+            space.channels, trial[_SCALE], trial[_BACKGROUND], space.counts, space.used, 0.0,
+            space.work, space.bits, space.small, space.small_score,
+        )  # fmt: skip
+        gain = lowest - likelihood
+        if gain >= 0:
+            lowest, damping = likelihood, damping / 10 if damping > 0.01 else 0.0
+            _copy(trial, now)
+            _accept(space)
+        else:
+            damping = max(10 * damping, 0.1)
+            # as high as it gets: at a kink of the likelihood there is no flat top
+            last = length < _CLOSE
+            if last:
+                ending = _TOP
+        solved = _solve(
+            space.information, space.score, space.moving, damping, space.factor, space.step
+        )
+        if last or not solved or evaluation == _EVALUATIONS - 2:
+            _copy(now, trial)
+            last = True
+            continue
+        decrement = length = 0.0
+        for a in range(_P):
+            decrement += space.step[a] * space.score[a]
+            for b in range(_P):
+                length += space.step[a] * space.information[a, b] * space.step[b]
+        _advance(plans[0], blurs, now, space.step, trial)
+        if (damping == 0 and length < _CLOSE) or 0 <= gain < _CLOSE:
+            return _TOP, decrement
+    return ending, 0.0
+
+
+@kernel
+def _accept(space: _Space) -> None:
+    """Take over score and information, and look what can move."""
+    n = space.small_score.size
+    _spread(space.small_score, space.score)
+    for a in range(n):
+        _spread(space.small[a], space.information[a if a < n - 2 else a + _P - n])
+    _copy(space.free, space.moving)
+    faintest = space.now[_BACKGROUND] <= 1.001 * _FAINT * space.now[_SCALE]
+    if faintest and space.score[_BACKGROUND] < 0:
+        space.moving[_BACKGROUND] = False
+
+
+@kernel
+def _judge(space: _Space, moments: Floats, decrement: float, quality: Floats) -> None:
+    """Fill quality (6,): see `Fitted`."""
+    now, moving, step, score = space.now, space.moving, space.step, space.score
+    deviance, mean, variance, largest = goodness(
+        space.channels, now[_SCALE], now[_BACKGROUND], space.counts, space.used, moments,
+        space.work, space.bits, space.small_score,
+    )  # fmt: skip
+    together = np.zeros(_P)
+    _spread(space.small_score, together)
+    if _solve(space.information, together, moving, 0.0, space.factor, step):
+        for a in range(_P):
+            # the fit takes what of the deviance goes with its parameters, and one for each
+            variance -= step[a] * together[a]
+            mean -= moving[a]
+    quality[0] = deviance - decrement
+    quality[1], quality[2], quality[3] = mean, variance, largest
+    if space.free[_THICKNESS]:
+        return
+    # the score of the thickness beside what is fitted
+    column = space.information[_THICKNESS]
+    if _solve(space.information, column, moving, 0.0, space.factor, step):
+        known, asked = column[_THICKNESS], score[_THICKNESS]
+        for a in range(_P):
+            known -= step[a] * column[a]
+            asked -= step[a] * score[a]
+        if known > 0:
+            quality[4] = asked / math.sqrt(known)
+            quality[5] = asked / known / now[_THICKNESS]
 
 
 @kernel
@@ -482,94 +606,38 @@ def _fit(
     ny, nx = patterns.shape[1:]
     blurred = len(plans) > 1
     k = 6 if blurred else 5
-    channels, one = np.zeros((k, nx, ny)), np.zeros((5 if blurred else 0, nx, ny))
-    work, bits = np.empty((2 * k + 3, ny)), np.empty((2, ny), np.int32)
-    small, small_score = np.empty((k + 1, k + 1)), np.empty(k + 1)
-    information, score, together = np.zeros((_P, _P)), np.zeros(_P), np.zeros(_P)
-    counts, used = np.empty((nx, ny)), np.empty((nx, ny))
-    factor, step = np.zeros((_P, _P)), np.zeros(_P)
-    trial, now = np.zeros(_P), np.zeros(_P)
-    moving = np.zeros(_P, np.bool_)
+    space = _Space(
+        np.empty((nx, ny)),
+        np.empty((nx, ny)),
+        np.zeros((k, nx, ny)),
+        np.zeros((5 if blurred else 0, nx, ny)),
+        np.empty((2 * k + 3, ny)),
+        np.empty((2, ny), np.int32),
+        np.empty((k + 1, k + 1)),
+        np.empty(k + 1),
+        np.zeros((_P, _P)),
+        np.zeros(_P),
+        np.zeros((_P, _P)),
+        np.zeros(_P),
+        np.zeros(_P),
+        np.zeros(_P),
+        free,
+        np.zeros(_P, np.bool_),
+    )
     for i in indices:
         mask = masks[i if masks.shape[0] > 1 else 0]
         for x in range(nx):
             for y in range(ny):
-                used[x, y] = mask[y, x]
-                counts[x, y] = patterns[i, y, x]
-        trial[:] = values[i]
-        _model(plans, blurs, trial, channels, one)
-        if not _first_brightness(channels[0], counts, used, free[_BACKGROUND], trial):
+                space.used[x, y] = mask[y, x]
+                space.counts[x, y] = patterns[i, y, x]
+        _copy(values[i], space.trial)
+        ending, decrement = _climb(space, plans, blurs)
+        if ending == _DARK:
             continue
-        now[:] = trial
-        lowest, damping, decrement, length = np.inf, 0.0, np.inf, np.inf
-        current = True  # whether channels are those of `now`
-        for evaluation in range(_EVALUATIONS):
-            if evaluation > 0:
-                _model(plans, blurs, trial, channels, one)
-            likelihood = poisson_sums(
-                channels, trial[_SCALE], trial[_BACKGROUND], counts, used, 0.0,
-                work, bits, small, small_score,
-            )  # fmt: skip
-            current = likelihood <= lowest
-            if not current:
-                if length < _CLOSE:
-                    # as high as it gets: at a kink of the likelihood there is no flat top
-                    converged[i] = True
-                    trial[:] = now
-                    decrement = 0.0
-                    break
-                damping = max(10 * damping, 0.1)
-            else:
-                gain = lowest - likelihood
-                lowest, damping = likelihood, damping / 10 if damping > 0.01 else 0.0
-                now[:] = trial
-                _spread(small_score, score)
-                for a in range(k + 1):
-                    _spread(small[a], information[a if a < k - 1 else a + _P - k - 1])
-            moving[:] = free
-            if now[_BACKGROUND] <= 1.001 * _FAINT * now[_SCALE] and score[_BACKGROUND] < 0:
-                moving[_BACKGROUND] = False
-            if not _solve(information, score, moving, damping, factor, step):
-                break
-            _advance(plans[0], blurs, now, step, trial)
-            decrement = length = 0.0
-            for a in range(_P):
-                decrement += step[a] * score[a]
-                for b in range(_P):
-                    length += step[a] * information[a, b] * step[b]
-            if (damping == 0 and length < _CLOSE) or (current and gain < _CLOSE):
-                converged[i] = True
-                break
-        values[i] = trial if converged[i] else now
-        if not current:
-            _model(plans, blurs, now, channels, one)
-        deviance, mean, variance, largest = goodness(
-            channels, now[_SCALE], now[_BACKGROUND], counts, used, moments, work, bits,
-            small_score,
-        )  # fmt: skip
-        _spread(small_score, together)
-        if _solve(information, together, moving, 0.0, factor, step):
-            for a in range(_P):
-                # the fit takes what of the deviance goes with its parameters, and one for each
-                variance -= step[a] * together[a]
-                mean -= moving[a]
-        quality[i, 0] = deviance - (decrement if converged[i] else 0.0)
-        quality[i, 1], quality[i, 2], quality[i, 3] = mean, variance, largest
-        if not converged[i]:
-            continue
-        if not free[_THICKNESS]:
-            # the score of the thickness beside what is fitted
-            column = information[:, _THICKNESS].copy()
-            _solve(information, column, moving, 0.0, factor, trial)
-            known, asked = information[_THICKNESS, _THICKNESS], score[_THICKNESS]
-            for a in range(_P):
-                if moving[a]:
-                    known -= trial[a] * column[a]
-                    asked -= trial[a] * score[a]
-            if known > 0:
-                quality[i, 4] = asked / math.sqrt(known)
-                quality[i, 5] = asked / known / now[_THICKNESS]
-        if _solve(information, score, free, 0.0, factor, step):
-            _invert(factor, free, covariance[i])
-        else:
-            converged[i] = False
+        _copy(space.trial, values[i])
+        _judge(space, moments, decrement, quality[i])
+        if ending == _TOP and _solve(
+            space.information, space.score, free, 0.0, space.factor, space.step
+        ):
+            _invert(space.factor, free, covariance[i])
+            converged[i] = True
