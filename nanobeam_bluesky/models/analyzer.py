@@ -16,7 +16,7 @@ from nanobeam_bluesky.geometry import Geometry
 from nanobeam_bluesky.models.correlation import RANGES, correlation_fit, default_library
 from nanobeam_bluesky.models.estimates import DEFAULT_FIT, MIN_COUNTS, Estimates, Flag
 from nanobeam_bluesky.models.networks import outputs, pick_device
-from nanobeam_bluesky.models.refinement import checked_counts, refine
+from nanobeam_bluesky.models.refinement import check, refine_checked
 from nanobeam_bluesky.models.store import (
     Card,
     ModelNotFoundError,
@@ -166,19 +166,19 @@ class Analyzer:
         ValueError
             If the array does not have this shape, or does not hold numbers.
         """
-        counts, broken, _ = checked_counts(patterns, self.geometry, self._mask)
-        shown = counts
+        checked = check(patterns, self.geometry, self._mask)
+        shown, broken = checked.counts, checked.broken
         if broken.any():
             shown = np.where(broken[:, None, None], np.float32(0), shown)
         if self._mask is not None:
             shown = shown[:, *self._nearest]
         estimates = self._start(shown)
         if self.fit:
-            estimates = refine(patterns, estimates, self.geometry, fit=self.fit, mask=self._mask)
+            estimates = refine_checked(checked, estimates, self.geometry, self.fit, self._mask)
             flags = estimates.flags
         else:
-            flags = np.where(counts.sum(axis=(1, 2)) < MIN_COUNTS, int(Flag.FEW_COUNTS), 0)
-            estimates = replace(estimates, counts=counts.sum(axis=(1, 2), dtype=np.float64))
+            flags = np.where(checked.total < MIN_COUNTS, int(Flag.FEW_COUNTS), 0)
+            estimates = replace(estimates, counts=checked.total)
             if self.card is not None:
                 estimates = self._with_sigma(estimates, self.card)
         blank = (flags & Flag.FEW_COUNTS) > 0

@@ -117,16 +117,25 @@ def refine(
     Fisher scoring: Newton steps with the expected instead of the observed information,
     damped (Levenberg) where a step would not raise the likelihood.
     """
-    counts, broken, fractional = checked_counts(patterns, geometry, mask)
+    return refine_checked(check(patterns, geometry, mask), start, geometry, fit, mask)
+
+
+def refine_checked(
+    checked: Checked,
+    start: Estimates,
+    geometry: Geometry,
+    fit: Sequence[str],
+    mask: NDArray[np.bool_] | None,
+) -> Estimates:
+    """Do what `refine` does, with what `check` has found."""
+    counts, total = checked.counts, checked.total
     if len(start) != len(counts):
         raise ValueError(f"start has {len(start)} points for {len(counts)} patterns")
     ny, nx = geometry.pattern_shape
     used = np.ones((1, ny, nx), np.float32)
     if mask is not None:
         used = (~mask).astype(np.float32).reshape(-1, ny, nx)
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = counts.sum(axis=(1, 2), dtype=np.float64)
-    lit = (total >= MIN_COUNTS) & ~broken
+    lit = (total >= MIN_COUNTS) & ~checked.broken
     plan = continuous_plan(geometry)
     strain, omega, chi = (
         np.where(np.isfinite(v), v, 0.0) for v in (start.strain, start.omega, start.chi)
@@ -138,9 +147,9 @@ def refine(
         first = np.column_stack([first, np.clip(part, *_THICKNESS_RANGE) * plan.thickness])
     fitted = fit_shifts(counts, first, geometry, fit=fit, used=used, which=lit)
     estimates = _estimates(fitted, plan, fit, total, lit, start)
-    flags = estimates.flags | np.where(fractional, int(Flag.MISFIT), 0)
+    flags = estimates.flags | np.where(checked.fractional, int(Flag.MISFIT), 0)
     estimates = replace(estimates, flags=flags)
-    return estimates.put(broken, Estimates.empty(int(broken.sum()), Flag.MISFIT))
+    return estimates.put(checked.broken, Estimates.empty(int(checked.broken.sum()), Flag.MISFIT))
 
 
 def fit_shifts(
@@ -199,18 +208,17 @@ def fit_shifts(
     return Fitted(values, covariance, quality, converged)
 
 
-def checked_counts(
-    patterns: NDArray[Any], geometry: Geometry, mask: NDArray[np.bool_] | None
-) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_]]:
-    """Check patterns and mask, as of `refine`.
+class Checked(NamedTuple):
+    """Patterns that have the right shape, and what is wrong with some; arrays of length n."""
 
-    Returns
-    -------
-    counts
-        (n, ny, nx), 0 under the mask.
-    broken, fractional
-        (n,), whether a pixel is negative or not finite, or not a whole number.
-    """
+    counts: NDArray[np.float32]  # (n, ny, nx), 0 under the mask
+    total: NDArray[np.float64]
+    broken: NDArray[np.bool_]  # whether a pixel is negative or not finite
+    fractional: NDArray[np.bool_]  # whether one is not a whole number
+
+
+def check(patterns: NDArray[Any], geometry: Geometry, mask: NDArray[np.bool_] | None) -> Checked:
+    """Check patterns and mask, as of `refine`."""
     patterns = np.asarray(patterns)
     ny, nx = geometry.pattern_shape
     if patterns.ndim != 3 or patterns.shape[1:] != (ny, nx):
@@ -225,12 +233,14 @@ def checked_counts(
             f"or {patterns.shape}"
         )
     with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is flagged
-        counts = patterns.astype(np.float32, copy=False)
-        if mask is not None:
-            counts = np.where(mask, np.float32(0), counts)
-        broken = np.any(~(np.isfinite(counts) & (counts >= 0)), axis=(1, 2))
-        fractional = np.any(np.rint(counts) != counts, axis=(1, 2))
-    return counts, broken, fractional
+        counts = np.ascontiguousarray(patterns, dtype=np.float32)
+    if mask is not None:
+        counts = np.where(mask, np.float32(0), counts)
+    n = len(counts)
+    total, broken, fractional = np.zeros(n), np.zeros(n, np.bool_), np.zeros(n, np.bool_)
+    pixels = counts.reshape(n, ny * nx)
+    in_threads(lambda part: _inspect(pixels[part], total[part], broken[part], fractional[part]), n)
+    return Checked(counts, total, broken, fractional)
 
 
 def _estimates(
@@ -305,6 +315,23 @@ def _plans(
 
 
 # ------------------------------------------------------------------------ the kernel
+
+
+@kernel
+def _inspect(
+    counts: NDArray[np.float32],
+    total: Floats,
+    broken: NDArray[np.bool_],
+    fractional: NDArray[np.bool_],
+) -> None:
+    """Look at every pixel of patterns (n, pixels); fills the others, (n,)."""
+    for i in range(counts.shape[0]):
+        for value in counts[i]:
+            if not 0 <= value < np.inf:
+                broken[i] = True
+            elif value != math.floor(value):
+                fractional[i] = True
+            total[i] += value
 
 
 @kernel

@@ -102,6 +102,25 @@ def test_truth_outside_the_trained_range_is_flagged():
         assert (analyzer.process(patterns).flags & Flag.OUT_OF_RANGE > 0).all(), method
 
 
+@pytest.mark.parametrize("method", ["refine", "network"])
+def test_masked_pixels_may_hold_anything(method):
+    """A hot pixel, one that always reads the largest number, and a dead row."""
+    bad = [(250, 240), (270, 262), *((230, col) for col in range(192, 320))]
+    geometry = Geometry.published().model_copy(update={"pixel_mask": tuple(bad)})
+    rng = np.random.default_rng(7)
+    truth = rng.uniform(-1, 1, (300, 3)) * [0.0045, 0.045, 0.09]
+    counts = rng.poisson(7 * forward(*truth.T, geometry) + 0.02).astype(np.float32)
+    clean = Analyzer.for_geometry(Geometry.published(), method=method).process(counts)
+    mask = geometry.pattern_mask
+    assert mask.sum() == 2 + 64
+    counts[:, mask] = rng.choice([0, 1000, 4e9], mask.sum())
+    estimates = Analyzer.for_geometry(geometry, method=method).process(counts)
+    assert np.mean(estimates.flags == 0) > 0.98
+    for name in ("strain", "omega", "chi"):
+        error = getattr(estimates, name) - getattr(clean, name)
+        assert np.abs(np.median(error)) < 0.2 * np.median(getattr(clean, f"{name}_sigma"))
+
+
 def test_correlation_needs_no_training_and_gives_no_sigma(tmp_path, geometry, simulate):
     with pytest.raises(ModelNotFoundError):
         Analyzer.for_geometry(geometry, method="network", store=ModelStore(tmp_path))
