@@ -34,9 +34,9 @@ from nanobeam_bluesky.models import (
     Estimates,
     Flag,
     correlation_fit,
+    refine,
 )
 from nanobeam_bluesky.models.correlation import PARAMETERS, RANGES
-from nanobeam_bluesky.models.refinement import refine
 from nanobeam_bluesky.physics import Sampling, cramer_rao, forward
 from nanobeam_bluesky.physics.published import LIBRARY_STEPS
 from nanobeam_bluesky.sim import phantom
