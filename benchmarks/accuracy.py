@@ -51,7 +51,8 @@ BOUNDS = 200  # patterns of a part of which the bound is averaged
 SYMBOLS = {"strain": "ε", "omega": "ω", "chi": "χ", "thickness": "t"}
 SHARP = Geometry.published()
 BLURRED = SHARP.model_copy(update={"pupil_blur_px": 0.5})
-KB = {"optics": RectangularPupil(divergence_x_mrad=6, divergence_y_mrad=5)}
+# small enough to stay in the ROI: where an edge of 6 mrad leaves it, ω's likelihood has two maxima
+KB = {"optics": RectangularPupil(divergence_x_mrad=4.5, divergence_y_mrad=4)}
 MLL = {
     "optics": RectangularPupil(
         divergence_x_mrad=6, divergence_y_mrad=6, stop_x_mrad=2, stop_y_mrad=2
