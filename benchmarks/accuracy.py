@@ -143,7 +143,7 @@ def conditions() -> Iterator[Condition]:
 def measure(condition: Condition, counts: float) -> tuple[dict[str, Floats], Estimates, Any]:
     """Truth, estimates and bound of a cell."""
     geometry, fit = condition.geometry, condition.fit
-    rng = np.random.default_rng([2025, int(counts)])
+    rng = np.random.default_rng([2025, int(counts), *condition.name.encode()])
     analyzer = Analyzer.for_geometry(geometry, fit=fit, device="cpu")
     scale = counts / counts_per_scale(geometry)
     names = [name for name in SYMBOLS if name in fit]
@@ -154,7 +154,9 @@ def measure(condition: Condition, counts: float) -> tuple[dict[str, Floats], Est
             off = 0.1 * (2 * (part + rng.random()) / PARTS - 1)
             true = geometry.model_copy(update={"thickness_nm": geometry.thickness_nm * (1 + off)})
         truth = draw(rng, PART)
-        patterns = detect(forward(*truth.T, true), scale, 1000 + part, condition.background)
+        patterns = detect(
+            forward(*truth.T, true), scale, int(rng.integers(2**31)), condition.background
+        )
         patterns[:, geometry.pattern_mask] += HOT_COUNTS
         estimates.append(analyzer.process(patterns))
         truths.append(np.column_stack([truth, np.full(PART, true.thickness_nm)]))
