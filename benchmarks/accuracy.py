@@ -232,7 +232,7 @@ def section_a() -> None:
             table.row(*label, *precision_cells(PARAMETERS, *result, **options))
             if "thickness" in condition.fit:
                 thickness.append((*label, *precision_cells(["thickness"], *result, **options)))
-    table = precision_table("thickness, ± 10 %, 0.05 unknown", ["thickness"])
+    table = precision_table("the thickness itself", ["thickness"])
     for row in thickness:
         table.row(*row)
 
