@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -21,14 +22,14 @@ from nanobeam_bluesky.physics import forward
 ROOT = Path(__file__).parents[1]
 
 
-def run(*arguments, home, code=0):
+def run(*arguments, home, code=0, limit=110):
     """Run a Python program in a process of its own; return what it printed."""
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         capture_output=True,
         text=True,
         env=os.environ | {"NANOBEAM_HOME": str(home), "COLUMNS": "200", "MPLBACKEND": "Agg"},
-        timeout=110,
+        timeout=limit,
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -185,3 +186,27 @@ def test_the_examples_run(name, tmp_path):
     assert {"live_scan": "points_analysed=768", "train_from_run": "stored for geometry"}[
         name
     ] in text
+
+
+@pytest.mark.timeout(300)
+def test_the_paper_is_regenerated(tmp_path):
+    out, script = tmp_path / "paper", ROOT / "examples" / "reproduce_paper.py"
+    run(script, "--quick", "--out", out, home=tmp_path, limit=280)
+    page = (out / "README.md").read_text()
+    figures = re.findall(r"\]\((figure-.+?\.png)\)", page)
+    assert len(figures) == 5
+    for figure in figures:
+        assert matplotlib.image.imread(out / figure).std() > 0.1
+
+    def errors(what):
+        values = re.search(rf"^\| {what}[^|]*\|[^|]*\|([^|;]+)", page, re.MULTILINE)[1]
+        return np.array([float(value.rstrip("° ")) for value in values.split("/")])
+
+    coarse, network, refined, bound = (
+        errors(f"4300 counts: {name}")
+        for name in ("correlation fit", "network", "refined", "Cramér–Rao bound")
+    )
+    assert (refined < 1.3 * bound).all()
+    assert (network < 5 * bound).all()
+    assert (coarse > 5 * network).all()
+    assert (errors("thickness off by 30 %: refined, thickness fitted") < 1.5 * bound).all()
