@@ -86,7 +86,7 @@ class NanobeamCallback:
     roi
         Region of interest instead of the geometry's own.
     on_missing_model
-        Without a trained network: "fit" starts from the correlation fit, "skip" closes the
+        Without a trained network: "fit" starts from a library, "skip" closes the
         derived run with the reason.
     fit
         What is unknown beside strain, tilts and scale: "background", "thickness", "blur".

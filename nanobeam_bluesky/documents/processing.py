@@ -32,7 +32,7 @@ class AnalyzerChoice:
     method: Method = "auto"
     """"auto" and "refine" (maximum likelihood), "network" or "correlation"."""
     on_missing_model: MissingModel = "fit"
-    """"fit" (refine from the correlation fit) or "skip" (no derived points) where no network
+    """"fit" (refine from a library) or "skip" (no derived points) where no network
     is trained."""
     fit: tuple[str, ...] = DEFAULT_FIT
     """What `refine` takes as unknown."""

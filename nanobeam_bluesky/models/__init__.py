@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nanobeam_bluesky.models.correlation import CorrelationLibrary, correlation_fit
     from nanobeam_bluesky.models.networks import NanobeamNN, SeparableNet
     from nanobeam_bluesky.models.refinement import refine
+    from nanobeam_bluesky.models.search import library_search
     from nanobeam_bluesky.models.store import (
         Accuracy,
         Card,
@@ -44,6 +45,7 @@ __all__ = [
     "SeparableNet",
     "calibrate",
     "correlation_fit",
+    "library_search",
     "refine",
     "sensitivity",
 ]
@@ -66,6 +68,7 @@ __getattr__ = lazy(
         "SeparableNet": "networks",
         "calibrate": "calibration",
         "correlation_fit": "correlation",
+        "library_search": "search",
         "refine": "refinement",
         "sensitivity": "systematics",
     },

@@ -17,6 +17,7 @@ from nanobeam_bluesky.models.correlation import RANGES, correlation_fit, default
 from nanobeam_bluesky.models.estimates import DEFAULT_FIT, MIN_COUNTS, Estimates, Flag
 from nanobeam_bluesky.models.networks import outputs, pick_device
 from nanobeam_bluesky.models.refinement import check, refine_checked
+from nanobeam_bluesky.models.search import library_search
 from nanobeam_bluesky.models.store import (
     Card,
     ModelNotFoundError,
@@ -31,8 +32,8 @@ Method = Literal["refine", "network", "correlation"]
 BATCH = 64
 """Patterns of one pass; the last batch is padded, so that a pattern's result does not
 depend on what came with it."""
-START_STEPS = 21
-"""The correlation library of a start: an eighth of the published one's patterns."""
+CORRELATION_STEPS = 21
+"""Of the correlation fit's library: an eighth of the published one's patterns."""
 BEYOND_SIGMA = 3.0
 """How far out of the range an estimate must lie to be flagged, σ: at the very edge every
 other pattern would be, otherwise."""
@@ -48,7 +49,7 @@ class Analyzer:
     geometry
         The geometry.
     network, card
-        A trained network and its card; the correlation fit without.
+        A trained network and its card; a library without.
     fit
         What `refine` takes as unknown; no refinement without.
     device
@@ -69,7 +70,6 @@ class Analyzer:
         self.fit = tuple(fit)
         self.device = device
         self._network = None if network is None else network.to(device).eval()
-        self._library = default_library(geometry, START_STEPS) if network is None else None
         mask = geometry.pattern_mask
         self._mask = mask if mask.any() else None
         # where a network or a library wants a value, the nearest good pixel's is the likeliest
@@ -93,8 +93,8 @@ class Analyzer:
             The geometry.
         method
             "refine": maximum likelihood, started by the network of this geometry, or of the
-            same without blur, or by the correlation fit where none is trained. "network":
-            the network alone. "correlation": the correlation fit alone.
+            same without blur, or by `library_search` where none is trained. "network": the
+            network alone. "correlation": the correlation fit alone.
         fit
             What `refine` takes as unknown, e.g. "thickness" too.
         store
@@ -123,7 +123,7 @@ class Analyzer:
             except ModelNotFoundError:
                 continue
             except ModelRefusedError as error:
-                logger.warning("%s; starting from the correlation fit", error)
+                logger.warning("%s; starting from the library", error)
                 break
             return cls(geometry, network=network, card=card, fit=fit, device=device)
         return cls(geometry, fit=fit)
@@ -131,9 +131,8 @@ class Analyzer:
     @property
     def settings(self) -> dict[str, Any]:
         """Provenance: what determines the results, beside geometry and patterns."""
-        if self.card is None:
-            start: dict[str, Any] = {"start": "correlation", "steps": START_STEPS}
-        else:
+        start = {"start": "library"}
+        if self.card is not None:
             start = {
                 "start": "network",
                 "architecture": self.card.architecture,
@@ -141,6 +140,8 @@ class Analyzer:
             }
         if self.fit:
             return {"method": "refine", "fit": list(self.fit)} | start
+        if self.card is None:
+            return {"method": "correlation", "steps": CORRELATION_STEPS}
         return {"method": start.pop("start")} | start
 
     def process(self, patterns: NDArray[Any]) -> Estimates:
@@ -187,8 +188,11 @@ class Analyzer:
         return estimates.put(broken, Estimates.empty(int(broken.sum()), Flag.MISFIT))
 
     def _start(self, patterns: NDArray[np.float32]) -> Estimates:
+        if self._network is None and self.fit:
+            return library_search(patterns, self.geometry)
         if self._network is None:
-            return correlation_fit(patterns, self.geometry, library=self._library)
+            library = default_library(self.geometry, CORRELATION_STEPS)
+            return correlation_fit(patterns, self.geometry, library=library)
         n = len(patterns)
         names = outputs(self.card.ranges if self.card else ())
         found = np.empty((n, len(names)))

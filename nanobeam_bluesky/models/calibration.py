@@ -15,9 +15,9 @@ from scipy.ndimage import median_filter, rank_filter, uniform_filter
 from scipy.special import xlogy
 
 from nanobeam_bluesky.geometry import Geometry, Orientation
-from nanobeam_bluesky.models.correlation import CorrelationLibrary, correlation_fit
 from nanobeam_bluesky.models.estimates import DEFAULT_FIT, MIN_COUNTS, Estimates
 from nanobeam_bluesky.models.refinement import Fitted, fit_shifts, refine
+from nanobeam_bluesky.models.search import library_search
 from nanobeam_bluesky.models.systematics import center_effect, frame_direction
 from nanobeam_bluesky.physics.continuous import continuous_plan, render_continuous, shifts
 
@@ -40,7 +40,6 @@ _SMALLEST_BLUR = 0.15  # found ones below are none
 _OUTLIER = 5.0  # σ of a bad pixel: 0.002 good ones in 64 × 64
 _LIT = 20  # counts in all patterns that make a pixel one that should count
 _MODEL_ERROR = 0.2  # root mean square error of the model at which it does not fit at all
-_STEPS = 15  # of the library that gives the first estimates
 
 
 class CalibrationError(ValueError):
@@ -258,9 +257,8 @@ class _Sample:
         self.unread = unread
         self.mask = unread | _screened(counts)
         filled = np.where(self.mask, _beside(counts, self.mask), counts)
-        library = CorrelationLibrary.simulate(geometry, steps=_STEPS)
-        first = correlation_fit(filled, geometry, library=library)
-        angles = (np.nan_to_num(v) for v in (first.strain, first.omega, first.chi))
+        first = library_search(filled, geometry)
+        angles = first.strain, first.omega, first.chi
         self.start = np.stack(shifts(continuous_plan(geometry), *angles), axis=1)
 
     def keep(self, which: Any) -> None:

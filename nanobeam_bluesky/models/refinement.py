@@ -41,7 +41,7 @@ _P = 7
 
 _TOP, _LOST, _DARK = range(3)  # how a fit ends: at the maximum, not, or without any light
 
-_EVALUATIONS = 30
+_EVALUATIONS = 60
 _CLOSE = 0.02  # squared distance to the maximum, in σ, from which the last step is taken
 _FAINT = 1e-6  # least background, in units of the scale: what a blurred rim ends in
 _STEP_PX = 4.0  # longest step of a shift
@@ -53,7 +53,7 @@ _BLUR_NODES = (0.7, 0.9, 1.1, 1.3)  # blurs that are computed, of the geometry's
 # A valid pattern passes each with 99.9 %, a better one than the must of all together
 _LARGEST_DEVIANCE = 4.0
 _LARGEST_PIXEL = 30.0  # deviance of one: 5.5 σ
-_LEAST_SIGNAL = 6.0  # of the scale, in σ: below, a fit to mere background is no surprise
+_LEAST_SIGNAL = 6.0  # scale in σ beside background: below, a fit to nothing is no surprise
 _LARGEST_SCORE = 3.3  # of the thickness, in σ …
 _THICKNESS_OFF = 0.1  # … where it also is off by this part
 _MODEL_ERROR = 0.05  # no misfit below this root mean square error of the model
@@ -65,8 +65,8 @@ class Fitted(NamedTuple):
     values: NDArray[np.float64]  # (n, 7)
     covariance: NDArray[np.float64]  # (n, 7, 7), 0 for what is not fitted
     quality: NDArray[np.float64]
-    """(n, 6): deviance, its expectation and variance, a pixel's largest, thickness score in σ
-    and the change of thickness that it asks for, of its value."""
+    """(n, 7): deviance, its expectation and variance, a pixel's largest, the scale in σ beside
+    the background, the thickness' score in σ and the change that it asks for, of its value."""
     converged: NDArray[np.bool_]
 
 
@@ -86,7 +86,7 @@ def refine(
         (n, ny, nx), counts.
     start
         First estimates of strain, ω and χ, n points; those of a network or of
-        `correlation_fit`. Where one is not finite, the fit starts from zero. The thickness,
+        `library_search`. Where one is not finite, the fit starts from zero. The thickness,
         if fitted, starts from the geometry's where there is none.
     geometry
         The geometry.
@@ -194,7 +194,7 @@ def fit_shifts(
     values[:, : start.shape[1]] = start
     values[:, _BLUR] = geometry.pupil_blur_px
     covariance = np.zeros((n, _P, _P))
-    quality = np.full((n, 6), np.nan)
+    quality = np.full((n, 7), np.nan)
     converged = np.zeros(n, np.bool_)
     indices = np.flatnonzero(which)
     moments = deviance_moments()
@@ -261,7 +261,7 @@ def _estimates(
     variance = np.einsum("nij,njk,nik->ni", inverse, fitted.covariance[:, :4, :4], inverse)
     with np.errstate(invalid="ignore"):
         sigma = np.where(variance > 0, np.sqrt(variance), np.nan)
-    deviance, expected, spread, largest, score, change = fitted.quality.T
+    deviance, expected, spread, largest, signal, score, change = fitted.quality.T
     excess = deviance - expected
     normalised = excess / np.sqrt(spread)
     misfit = (
@@ -269,7 +269,7 @@ def _estimates(
         | (largest > _LARGEST_PIXEL)
         | ((np.abs(score) > _LARGEST_SCORE) & (np.abs(change) > _THICKNESS_OFF))
     )
-    faint = values[:, _SCALE] < _LEAST_SIGNAL * np.sqrt(fitted.covariance[:, _SCALE, _SCALE])
+    faint = signal < _LEAST_SIGNAL
     flags = np.where(lit & ~faint, 0, int(Flag.FEW_COUNTS))
     flags |= np.where(lit & ~fitted.converged, int(Flag.NOT_CONVERGED), 0)
     flags |= np.where(lit & misfit, int(Flag.MISFIT), 0)
@@ -586,7 +586,7 @@ def _accept(space: _Space) -> None:
 
 @kernel
 def _judge(space: _Space, moments: Floats, decrement: float, quality: Floats) -> None:
-    """Fill quality (6,): see `Fitted`."""
+    """Fill quality (7,): see `Fitted`."""
     now, moving, step, score = space.now, space.moving, space.step, space.score
     deviance, mean, variance, largest = goodness(
         space.channels, now[_SCALE], now[_BACKGROUND], space.counts, space.used, moments,
@@ -601,6 +601,13 @@ def _judge(space: _Space, moments: Floats, decrement: float, quality: Floats) ->
             mean -= moving[a]
     quality[0] = deviance - decrement
     quality[1], quality[2], quality[3] = mean, variance, largest
+    known = space.information[_SCALE, _SCALE]
+    if moving[_BACKGROUND]:
+        known -= (
+            space.information[_SCALE, _BACKGROUND] ** 2
+            / space.information[_BACKGROUND, _BACKGROUND]
+        )
+    quality[4] = now[_SCALE] * math.sqrt(max(known, 0.0))
     if space.free[_THICKNESS]:
         return
     # the score of the thickness beside what is fitted
@@ -611,8 +618,8 @@ def _judge(space: _Space, moments: Floats, decrement: float, quality: Floats) ->
             known -= step[a] * column[a]
             asked -= step[a] * score[a]
         if known > 0:
-            quality[4] = asked / math.sqrt(known)
-            quality[5] = asked / known / now[_THICKNESS]
+            quality[5] = asked / math.sqrt(known)
+            quality[6] = asked / known / now[_THICKNESS]
 
 
 @kernel

@@ -471,7 +471,7 @@ def test_a_sink_that_fails_is_counted_and_disturbs_no_other(engine, callback):
 
 @pytest.mark.parametrize(
     ("policy", "status", "start"),
-    [("fit", "success", "correlation"), ("skip", "fail", None)],
+    [("fit", "success", "library"), ("skip", "fail", None)],
 )
 def test_without_a_network_the_policy_decides(RE, geometry, tmp_path, policy, status, start):
     callback = NanobeamCallback(on_missing_model=policy)
@@ -518,7 +518,7 @@ def test_a_network_trained_meanwhile_is_used_by_the_next_scan(RE, geometry, tmp_
     assert callback.wait(60)
     callback.close()
     first, second = (start["nanobeam"]["analyzer"]["start"] for start in starts)
-    assert (first, second) == ("correlation", "network")
+    assert (first, second) == ("library", "network")
 
 
 def test_a_closed_callback_takes_nothing_more():
