@@ -132,10 +132,11 @@ def conditions() -> Iterator[Condition]:
     for name, pupil in (("mirrors", KB), ("Laue lenses with stop", MLL)):
         yield Condition(name, BLURRED.model_copy(update=pupil))
         yield Condition(
-            f"{name}, all of the above",
+            f"{name}, all of the above (reported)",
             BLURRED.model_copy(update=pupil | HOT),
             BACKGROUND,
             WITH_THICKNESS,
+            bounded=False,
         )
     yield Condition("sharp pupil (reported)", SHARP, bounded=False)
 

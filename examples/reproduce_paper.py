@@ -28,9 +28,9 @@ from nanobeam_bluesky.models import (
     ModelStore,
     NanobeamNN,
     correlation_fit,
+    refine,
 )
 from nanobeam_bluesky.models.correlation import RANGES
-from nanobeam_bluesky.models.refinement import refine
 from nanobeam_bluesky.physics import cramer_rao, forward, simulate_library
 from nanobeam_bluesky.plots import MapAxes, MapPanel, label_outer
 from nanobeam_bluesky.sim import phantom

@@ -7,8 +7,7 @@ import pytest
 
 from nanobeam_bluesky.documents.frames import bin_frames
 from nanobeam_bluesky.geometry import Geometry, RectangularPupil
-from nanobeam_bluesky.models import Calibration, CalibrationError, Estimates, calibrate
-from nanobeam_bluesky.models.refinement import refine
+from nanobeam_bluesky.models import Calibration, CalibrationError, Estimates, calibrate, refine
 from nanobeam_bluesky.physics import forward
 
 SPREAD = np.array([0.003, 0.02, 0.05])

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from nanobeam_bluesky.geometry import Geometry, RectangularPupil
-from nanobeam_bluesky.models import Estimates, sensitivity
-from nanobeam_bluesky.models.refinement import refine
+from nanobeam_bluesky.models import Estimates, refine, sensitivity
 from nanobeam_bluesky.physics import forward
 
 ERRORS = {  # about what one would not notice
