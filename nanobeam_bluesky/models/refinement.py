@@ -259,11 +259,11 @@ def _estimates(
     chi = np.degrees(values[:, _Y] / (strained * plan.chi_px))
     inverse = np.linalg.inv(shift_derivatives(plan, strain, omega, chi))
     variance = np.einsum("nij,njk,nik->ni", inverse, fitted.covariance[:, :4, :4], inverse)
-    with np.errstate(invalid="ignore"):
-        sigma = np.where(variance > 0, np.sqrt(variance), np.nan)
     deviance, expected, spread, largest, signal, score, change = fitted.quality.T
     excess = deviance - expected
-    normalised = excess / np.sqrt(spread)
+    with np.errstate(invalid="ignore"):  # not a number where there is nothing
+        normalised = excess / np.sqrt(spread)
+        sigma = np.where(variance > 0, np.sqrt(variance), np.nan)
     misfit = (
         ((normalised > _LARGEST_DEVIANCE) & (excess > _MODEL_ERROR**2 * total))
         | (largest > _LARGEST_PIXEL)
@@ -496,6 +496,9 @@ def _advance(
     part = 1 / max(longest, 1.0)
     for a in range(_P):
         trial[a] = values[a] + part * step[a]
+    # strain within -1/2 and 1
+    tilted = plan.g + trial[_X] * plan.dq_px
+    trial[_DQ] = min(max(trial[_DQ], tilted - 2 * plan.g), tilted - plan.g / 2)
     low, high = _THICKNESS_RANGE
     trial[_THICKNESS] = min(max(trial[_THICKNESS], low * plan.thickness), high * plan.thickness)
     trial[_BLUR] = min(max(trial[_BLUR], blurs[0]), blurs[-1])
