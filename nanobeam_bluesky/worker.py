@@ -196,11 +196,17 @@ def _open(processor: Processor, message: Message) -> Message:
     return {"kind": "opened", "run": run, "settings": settings}
 
 
+def _warm_up() -> None:
+    """Import and compile before the first run needs it: 20 s once, then from numba's cache."""
+    from nanobeam_bluesky.models import Analyzer, refine  # noqa: F401
+
+    geometry = Geometry.published()
+    refine(np.ones((1, *geometry.pattern_shape)), Estimates.empty(1), geometry)
+
+
 def main() -> None:
     """Serve on the standard streams."""
     import torch
-
-    from nanobeam_bluesky.models import Analyzer  # noqa: F401  before the first run needs it
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C pauses the plan, not the analysis
     os.nice(5)  # where cores are few, the scan goes first
@@ -208,6 +214,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints must not end up between the messages
     logging.basicConfig(level=logging.WARNING, format="nanobeam worker: %(message)s")
+    _warm_up()
     serve(sys.stdin.buffer, answers)
 
 
