@@ -277,6 +277,7 @@ def _estimates(
     def where_lit(value: NDArray[np.float64], otherwise: Any = np.nan) -> NDArray[np.float64]:
         return np.where(lit, value, otherwise)
 
+    dark = values[:, _BACKGROUND] <= 1.001 * _FAINT * values[:, _SCALE]
     thickness = "thickness" in fit
     nothing = np.full(len(lit), np.nan)
     return Estimates(
@@ -289,7 +290,7 @@ def _estimates(
         thickness=where_lit(values[:, _THICKNESS] / 10) if thickness else nothing,
         thickness_sigma=where_lit(sigma[:, 3]) if thickness else nothing,
         counts=total,
-        background=where_lit(values[:, _BACKGROUND]),
+        background=where_lit(np.where(dark, 0.0, values[:, _BACKGROUND])),
         deviance=where_lit(normalised),
         flags=flags.astype(np.int64),
     )
