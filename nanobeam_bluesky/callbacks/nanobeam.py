@@ -20,7 +20,7 @@ from nanobeam_bluesky.callbacks.worker_client import WorkerClient
 from nanobeam_bluesky.documents.pipeline import RunPipeline, Tally
 from nanobeam_bluesky.documents.processing import AnalyzerChoice, Method, MissingModel
 from nanobeam_bluesky.geometry import ROI
-from nanobeam_bluesky.models import DEFAULT_FIT
+from nanobeam_bluesky.models.estimates import DEFAULT_FIT, check_fit
 from nanobeam_bluesky.presets import Preset, unit_registry
 
 __all__ = ["Health", "NanobeamCallback"]
@@ -89,7 +89,7 @@ class NanobeamCallback:
         Without a trained network: "fit" starts from a library, "skip" closes the
         derived run with the reason.
     fit
-        What is unknown beside strain, tilts and scale: "background", "thickness", "blur".
+        What is unknown: strain, tilts, scale and background, or with "thickness" and "blur".
     calibrate
         Whether the first 256 points correct orientation, bad pixels, blur and thickness
         of the geometry (`models.calibrate`); the derived run begins after that.
@@ -119,6 +119,7 @@ class NanobeamCallback:
         ):
             if value not in get_args(allowed):
                 raise ValueError(f"{name} = {value!r} must be one of {get_args(allowed)}")
+        check_fit(fit)
         self._preset = Preset.load(preset)
         self._choice = AnalyzerChoice(analyzer, on_missing_model, tuple(fit), calibrate, device)
         self._roi = roi

@@ -10,13 +10,25 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DEFAULT_FIT", "MIN_COUNTS", "Estimates", "Flag"]
+__all__ = ["DEFAULT_FIT", "MIN_COUNTS", "Estimates", "Flag", "check_fit"]
 
 DEFAULT_FIT = ("strain", "omega", "chi", "scale", "background")
 """What `refine` takes as unknown."""
+_ALWAYS = DEFAULT_FIT[:4]
+_OPTIONAL = ("background", "thickness", "blur")
 MIN_COUNTS = 100
 """Fewer are no pattern: at these the Cramér-Rao bound of ε is 7e-4, a seventh of the
 published half-range."""
+
+
+def check_fit(fit: Sequence[str]) -> None:
+    """Raise ValueError unless `refine` can take these as unknown."""
+    missing = [name for name in _ALWAYS if name not in fit]
+    if missing or set(fit) - {*_ALWAYS, *_OPTIONAL}:
+        raise ValueError(
+            f"fit = {tuple(fit)}: must hold {_ALWAYS} and may hold {_OPTIONAL}"
+            + (f"; {missing} missing" if missing else "")
+        )
 
 
 class Flag(IntFlag):

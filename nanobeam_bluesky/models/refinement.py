@@ -17,7 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanobeam_bluesky.geometry import Geometry
-from nanobeam_bluesky.models.estimates import DEFAULT_FIT, MIN_COUNTS, Estimates, Flag
+from nanobeam_bluesky.models.estimates import (
+    DEFAULT_FIT,
+    MIN_COUNTS,
+    Estimates,
+    Flag,
+    check_fit,
+)
 from nanobeam_bluesky.physics._numba import in_threads, kernel
 from nanobeam_bluesky.physics.continuous import (
     ContinuousPlan,
@@ -31,9 +37,6 @@ from nanobeam_bluesky.physics.likelihood import deviance_moments, goodness, pois
 __all__ = ["refine"]
 
 Floats = NDArray[np.floating[Any]]
-
-_ALWAYS = DEFAULT_FIT[:4]
-_OPTIONAL = ("background", "thickness", "blur")
 
 # order of the kernel's parameters; lengths in binned pixels, dq in Å⁻¹, thickness in Å
 _X, _Y, _DQ, _THICKNESS, _BLUR, _SCALE, _BACKGROUND = range(7)
@@ -176,13 +179,7 @@ def fit_shifts(
     which
         (n,), the patterns to fit.
     """
-    unknown = set(fit) - {*_ALWAYS, *_OPTIONAL}
-    missing = [name for name in _ALWAYS if name not in fit]
-    if unknown or missing:
-        raise ValueError(
-            f"fit = {tuple(fit)}: must hold {_ALWAYS} and may hold {_OPTIONAL}"
-            + (f"; {missing} missing" if missing else "")
-        )
+    check_fit(fit)
     plans, blurs = _plans(geometry, "blur" in fit)
     free = np.ones(_P, np.bool_)
     free[_THICKNESS] = "thickness" in fit
