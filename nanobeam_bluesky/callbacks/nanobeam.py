@@ -78,8 +78,8 @@ class NanobeamCallback:
     Parameters
     ----------
     analyzer
-        "auto" (maximum likelihood, started by the trained network where there is one),
-        "network" or "correlation" (these alone).
+        "auto" or "refine" (maximum likelihood, started by the trained network where there is
+        one), "network" or "correlation" (these alone).
     preset
         Where a run's geometry is: the name of a shipped preset, a path, or a `Preset`.
         Runs that it does not match are ignored.

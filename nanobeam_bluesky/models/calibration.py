@@ -19,7 +19,7 @@ from nanobeam_bluesky.models.estimates import DEFAULT_FIT, MIN_COUNTS, Estimates
 from nanobeam_bluesky.models.refinement import Fitted, fit_shifts, refine
 from nanobeam_bluesky.models.search import library_search
 from nanobeam_bluesky.models.systematics import center_effect, frame_direction
-from nanobeam_bluesky.physics.continuous import continuous_plan, render_continuous, shifts
+from nanobeam_bluesky.physics.continuous import angles, continuous_plan, render_continuous, shifts
 
 __all__ = ["Calibration", "CalibrationError", "Measured", "calibrate"]
 
@@ -258,8 +258,8 @@ class _Sample:
         self.mask = unread | _screened(counts)
         filled = np.where(self.mask, _beside(counts, self.mask), counts)
         first = library_search(filled, geometry)
-        angles = first.strain, first.omega, first.chi
-        self.start = np.stack(shifts(continuous_plan(geometry), *angles), axis=1)
+        found = shifts(continuous_plan(geometry), first.strain, first.omega, first.chi)
+        self.start = np.stack(found, axis=1)
 
     def keep(self, which: Any) -> None:
         """Go on with these patterns only."""
@@ -421,15 +421,8 @@ class _Sample:
 
     def estimates(self, geometry: Geometry) -> Estimates:
         """Strain, tilts and background of the patterns, with σ."""
-        plan = continuous_plan(geometry)
-        shift_x, shift_y, dq = self.start.T
-        strained = plan.g + shift_x * plan.dq_px - dq
-        first = replace(
-            Estimates.empty(len(self.counts)),
-            strain=plan.g / strained - 1,
-            omega=np.degrees(shift_x / (strained * plan.omega_px)),
-            chi=np.degrees(shift_y / (strained * plan.chi_px)),
-        )
+        strain, omega, chi = angles(continuous_plan(geometry), *self.start.T)
+        first = replace(Estimates.empty(len(self.counts)), strain=strain, omega=omega, chi=chi)
         return refine(self.counts, first, geometry, mask=self.mask)
 
     def centered(

@@ -27,6 +27,7 @@ from nanobeam_bluesky.models.estimates import (
 from nanobeam_bluesky.physics._numba import in_threads, kernel
 from nanobeam_bluesky.physics.continuous import (
     ContinuousPlan,
+    angles,
     continuous_plan,
     pattern_channels,
     shift_derivatives,
@@ -250,10 +251,7 @@ def _estimates(
 ) -> Estimates:
     """From the kernel's parameters to `Estimates`."""
     values = fitted.values
-    strained = plan.g + values[:, _X] * plan.dq_px - values[:, _DQ]
-    strain = plan.g / strained - 1
-    omega = np.degrees(values[:, _X] / (strained * plan.omega_px))
-    chi = np.degrees(values[:, _Y] / (strained * plan.chi_px))
+    strain, omega, chi = angles(plan, *values[:, :3].T)
     inverse = np.linalg.inv(shift_derivatives(plan, strain, omega, chi))
     variance = np.einsum("nij,njk,nik->ni", inverse, fitted.covariance[:, :4, :4], inverse)
     deviance, expected, spread, largest, signal, score, change = fitted.quality.T

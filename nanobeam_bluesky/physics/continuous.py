@@ -159,6 +159,19 @@ def shifts(
     return shift_x, shift_y, plan.g - strained + shift_x * plan.dq_px
 
 
+def angles(
+    plan: ContinuousPlan,
+    shift_x: NDArray[np.float64],
+    shift_y: NDArray[np.float64],
+    dq: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Strain, ω and χ (deg) of shifts with strained tilts, each (n,): undoes `shifts`."""
+    strained = plan.g + shift_x * plan.dq_px - dq
+    omega = np.degrees(shift_x / (strained * plan.omega_px))
+    chi = np.degrees(shift_y / (strained * plan.chi_px))
+    return plan.g / strained - 1, omega, chi
+
+
 def shift_derivatives(
     plan: ContinuousPlan,
     strain: Floats,
