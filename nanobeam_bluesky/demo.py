@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from nanobeam_bluesky.callbacks import BackgroundSink, LiveMaps, NanobeamCallback
+from nanobeam_bluesky.callbacks import BackgroundSink, LiveMaps, NanobeamCallback, SinkHealth
 from nanobeam_bluesky.documents import to_maps
 from nanobeam_bluesky.geometry import Geometry
 from nanobeam_bluesky.models import Flag
@@ -124,12 +124,12 @@ def run_demo(
             lambda name, doc: progress.advance(task, len(doc["seq_num"])), "event_page"
         )
         engine(sxdm_fly(sxdm, dwell_s=DWELL_S))
-        ok = callback.wait(60) and record.wait(60)
+        ok = callback.wait(60) and record.wait(60) and not record.health.errors
 
     run = client["derived"][watch.uids["derived"]]
     maps = to_maps(run)
     ok = ok and int((maps["flags"] != Flag.FRAME_MISSING).sum()) == truth.size
-    _print_table(console, maps, truth, geometry, sxdm, watch, callback)
+    _print_table(console, maps, truth, geometry, sxdm, watch, callback, record.health)
     figure = _draw(maps, truth, out / "demo.png")
     console.print(
         f"\nFigure: {figure}\nRuns and frames: {out}; read them back with", soft_wrap=True
@@ -157,6 +157,7 @@ def _print_table(
     sxdm: SimulatedSXDM,
     watch: _Stopwatch,
     callback: NanobeamCallback,
+    record: SinkHealth,
 ) -> None:
     seconds = watch.stopped - watch.started
     health = callback.health
@@ -174,7 +175,10 @@ def _print_table(
             f"median {np.median(watch.delays):.2f} s, 95 % {np.quantile(watch.delays, 0.95):.2f} s",
         ),
         ("flagged", _flagged(maps)),
-        ("errors", f"{health.errors} {health.last_error}"),
+        (
+            "errors",
+            f"{health.errors + record.errors} {health.last_error or record.last_error}".rstrip(),
+        ),
     ):
         table.add_row(name, text)
     console.print(table)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from bluesky_tiled_plugins import TiledWriter
 from bluesky_tiled_plugins.writing.tiled_writer import _RunWriter
 from tiled.client.container import Container
+from tiled.client.context import Context
 
 __all__ = ["derived_writer", "raw_writer"]
 
@@ -28,7 +31,7 @@ def raw_writer(client: Container, *, backup_directory: Path | str | None = None)
     backup_directory
         Where a run goes, as JSON lines, if Tiled fails during it.
     """
-    return TiledWriter(
+    return _Writer(
         client,
         batch_size=RAW_BATCH,
         patches={"descriptor": _frames_as_stack},
@@ -54,7 +57,26 @@ def derived_writer(client: Container, *, backup_directory: Path | str | None = N
     return DerivedWriter(client, normalizer=None, backup_directory=_text(backup_directory))
 
 
-class DerivedWriter(TiledWriter):
+_LOCKS: WeakKeyDictionary[Context, threading.Lock] = WeakKeyDictionary()
+
+
+class _Writer(TiledWriter):
+    """TiledWriter that writes while no other one of the same client does.
+
+    SQLite gives up on a second writer after a while: on a busy disk a raw run lost its stop
+    document to the pages of its derived run.
+    """
+
+    def __init__(self, client: Container, **options: Any) -> None:
+        super().__init__(client, **options)
+        self._lock = _LOCKS.setdefault(client.context, threading.Lock())
+
+    def __call__(self, name: str, doc: Any) -> None:
+        with self._lock:
+            super().__call__(name, doc)
+
+
+class DerivedWriter(_Writer):
     """TiledWriter whose unit of writing is the event page."""
 
     def _factory(self, name: str, doc: Any) -> tuple[list[Any], list[Any]]:

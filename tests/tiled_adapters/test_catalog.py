@@ -6,10 +6,12 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import h5py
 import numpy as np
 import pytest
+from bluesky_tiled_plugins import TiledWriter
 from event_model import compose_run
 from tiled.client import from_uri
 
@@ -92,6 +94,32 @@ sink = BackgroundSink(derived_writer(catalog["derived"]))
 for name, doc in json.load(sys.stdin):
     sink(name, doc)
 """
+
+
+def test_writers_of_one_client_write_one_after_the_other(catalog, derived_documents, monkeypatch):
+    """SQLite gives up on a second writer where the disk is slow, and its run lost a document."""
+    runs = [derived_documents((4, 5), page=5) for _ in range(3)]
+    plain, active, together = TiledWriter.__call__, [], []
+
+    def watched(self, name, doc):
+        active.append(name)
+        plain(self, name, doc)
+        together.append(len(active))
+        active.remove(name)
+
+    monkeypatch.setattr(TiledWriter, "__call__", watched)
+
+    def write(documents):
+        writer = derived_writer(catalog["derived"])
+        for name, doc in documents:
+            writer(name, doc)
+
+    with ThreadPoolExecutor(len(runs)) as pool:
+        list(pool.map(write, runs))
+    assert set(together) == {1}
+    for documents in runs:
+        run = catalog["derived"][documents[0][1]["uid"]]
+        assert len(run["primary"].base["internal"].read()) == 20
 
 
 def test_second_process_reads_the_folder_and_its_exit_writes_what_is_queued(
