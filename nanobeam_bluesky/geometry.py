@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 __all__ = [
     "HC_KEV_ANGSTROM",
+    "LARGEST_PUPIL_PX",
     "ROI",
     "Geometry",
     "GeometryError",
@@ -31,6 +32,16 @@ T = TypeVar("T", bound=np.generic)
 
 HC_KEV_ANGSTROM = 12.39841984
 """Planck constant times speed of light, keV Å (CODATA 2018)."""
+
+LARGEST_PUPIL_PX = 30
+"""Half-width of the pupil, binned pixels, above which `Geometry` bins more unless told."""
+
+# the ROI that is chosen where none is given, binned pixels
+_ROI_PER_PUPIL = 1.25  # its half-width over the pupil's: room for shifts
+_SMALLEST_ROI = 32
+_ROI_STEP = 8
+_SMALLEST_PATTERN = 8
+_LARGEST_BINNING = 64
 
 Orientation = Literal[
     "identity",
@@ -174,10 +185,12 @@ class Geometry(_Frozen):
     """Distance from sample to detector, m, e.g. 0.85 (NXdetector ``distance``)."""
     pixel_size_um: Annotated[float, Field(gt=0, lt=10000)]
     """Size of an unbinned (square) pixel, µm, e.g. 55 (NXdetector ``x_pixel_size``)."""
-    binning: Annotated[int, Field(ge=1, le=64)] = 1
-    """Pixels summed along each axis before analysis, e.g. 2."""
-    roi_shape: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
-    """(rows, columns) of the region of interest, unbinned pixels, e.g. (128, 128)."""
+    binning: Annotated[int, Field(ge=1, le=_LARGEST_BINNING)] = None  # type: ignore[assignment]
+    """Pixels summed along each axis before analysis, e.g. 2; if absent, the smallest that
+    makes the pupil's half-widths `LARGEST_PUPIL_PX` or less (and divides a given ROI)."""
+    roi_shape: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] = None  # type: ignore[assignment]
+    """(rows, columns) of the region of interest, unbinned pixels, e.g. (128, 128); if absent,
+    1.25 times the pupil, at least 32 binned pixels, cut at the detector's edge."""
     roi_origin_px: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | None = None
     """(row, column) of the ROI's first pixel, e.g. (192, 192); centred on the Bragg
     centre if absent."""
@@ -215,7 +228,7 @@ class Geometry(_Frozen):
     def _derive(cls, data: Any) -> Any:
         if not isinstance(data, Mapping):
             return data
-        values = dict(data)
+        values = {k: v for k, v in data.items() if v is not None or k not in _FITTED}
         _derive_one(
             values,
             "wavelength_angstrom",
@@ -253,14 +266,16 @@ class Geometry(_Frozen):
                 f"detector_two_theta_deg = {self.detector_two_theta_deg} must be within 45° of "
                 f"2θB = {2 * self.bragg_angle_deg:.4g}°"
             )
+        self._fit()
         if any(n % self.binning for n in self.roi_shape):
             raise ValueError(
                 f"roi_shape = {self.roi_shape} must be a multiple of binning = {self.binning}"
             )
-        if min(self.pattern_shape) < 8:
+        if min(self.pattern_shape) < _SMALLEST_PATTERN:
             raise ValueError(
                 f"roi_shape = {self.roi_shape} with binning = {self.binning} leaves "
-                f"{self.pattern_shape} pixels; at least 8 × 8 are needed"
+                f"{self.pattern_shape} pixels; at least {_SMALLEST_PATTERN} × "
+                f"{_SMALLEST_PATTERN} are needed"
             )
         roi = self.roi  # raises if it starts left of or above the detector
         if self.detector_shape is not None:
@@ -275,6 +290,63 @@ class Geometry(_Frozen):
                 f"rows {roi.row}..{roi.row + roi.height}, columns {roi.col}..{roi.col + roi.width}"
             )
         return self
+
+    def _fit(self) -> None:
+        """Choose binning and ROI where they were not given."""
+        # absent fields are None until here
+        binning: int | None = self.binning
+        shape: tuple[int, int] | None = self.roi_shape
+        rx, ry, _, _ = self.model_copy(update={"binning": 1}).pupil_px
+        chosen: dict[str, Any] = {}
+        if binning is None:
+            binning = chosen["binning"] = _fitting_binning(max(rx, ry), shape)
+        if shape is None:
+            # off the Bragg angle the pupil moves along 2θ
+            moved = math.tan(math.radians(2 * abs(self.delta_theta_deg)))
+            moved *= self.detector_distance_m * 1e6 / self.pixel_size_um
+            chosen |= self._fitting_roi((ry, rx), (ry, rx + moved), binning)
+        for name, value in chosen.items():
+            object.__setattr__(self, name, value)  # frozen, but still in the making
+
+    def _fitting_roi(
+        self, pupil: tuple[float, float], reach: tuple[float, float], binning: int
+    ) -> dict[str, Any]:
+        """ROI for half-widths (y, x) of the pupil and of what it may reach, unbinned pixels."""
+        if self.orientation in _SWAPPING:
+            pupil, reach = pupil[::-1], reach[::-1]
+        x, y = self.bragg_center_px
+        detector = self.detector_shape or (None, None)
+        for center, side in zip((y, x), detector, strict=True):
+            if center < 0 or (side is not None and center > side):
+                frame = "" if side is None else f" of {detector[0]} rows × {detector[1]} columns"
+                raise ValueError(
+                    f"bragg_center_px = ({x:g}, {y:g}), (column, row), is off the detector{frame}: "
+                    "give the pixel where the beam of exactly 2θB falls, or say with roi_shape and "
+                    "roi_origin_px which part to analyse"
+                )
+        for half, side, word in zip(pupil, detector, ("high", "wide"), strict=True):
+            if side is not None and 2 * half > side:
+                nearest = _rounded_down(self.detector_distance_m * side / (2 * half))
+                raise ValueError(
+                    f"the pupil is {2 * half:.0f} pixels {word}, the detector {side} "
+                    f"(detector_shape): move the detector to at most {nearest:g} m, or say with "
+                    "roi_shape which part of the pattern to analyse"
+                )
+        step = _ROI_STEP * binning
+        smallest = _SMALLEST_ROI * binning
+        rows, cols = (max(smallest, step * round(2 * _ROI_PER_PUPIL * r / step)) for r in reach)
+        whole = {"roi_shape": (rows, cols)}
+        if self.roi_origin_px is not None:
+            return whole
+        cut = []
+        for center, size, side in zip((y, x), (rows, cols), detector, strict=True):
+            first = math.floor(center - size / 2 + 0.5)
+            stop = first + size if side is None else min(first + size, side)
+            cut.append((max(first, 0), (stop - max(first, 0)) // binning * binning))
+        (row, height), (col, width) = cut
+        if (height, width) == (rows, cols):
+            return whole
+        return {"roi_shape": (height, width), "roi_origin_px": (row, col)}
 
     @classmethod
     def published(cls) -> Geometry:
@@ -451,6 +523,18 @@ class Geometry(_Frozen):
             optics.stop_y_mrad * half,
         )
 
+    @property
+    def fringe_px(self) -> float:
+        """Period of the film's thickness fringes along 2θ, binned pixels: λD / (2 t p cos θ).
+
+        Below 2 the pixels no longer resolve them: error bars still hold, but more and more fits
+        end flagged. It grows in proportion with a thinner film, a larger distance, less binning.
+        """
+        wavelength_um = self.wavelength_angstrom * 1e-4
+        distance_px = self.detector_distance_m * 1e6 / self.binned_pixel_um
+        twice_um = 2e-3 * self.thickness_nm * math.cos(math.radians(self.incidence_deg))
+        return wavelength_um * distance_px / twice_um
+
     def orient(self, frames: NDArray[T]) -> NDArray[T]:
         """Turn frames (…, rows, columns) so that columns run along increasing 2θ (a view)."""
         turned: NDArray[T] = {
@@ -502,6 +586,7 @@ class Geometry(_Frozen):
 
 
 _TAGS = ("zone_plate", "rectangular")
+_FITTED = ("binning", "roi_shape")
 _SWAPPING = ("transpose", "rotate_90", "rotate_270", "antitranspose")
 
 
@@ -531,3 +616,23 @@ def _derive_one(
             f"contradiction: {target} = {values[target]} but {pairs} give {derived:.6g}; "
             "give one of them"
         )
+
+
+def _fitting_binning(half_width: float, roi_shape: tuple[int, int] | None) -> int:
+    """Choose the smallest binning that fits the pupil; it blurs the film's fringes least.
+
+    A given ROI is divided into whole binned pixels, 8 or more a side; if no such binning is
+    large enough, the largest.
+    """
+    needed = math.ceil(half_width / LARGEST_PUPIL_PX - 1e-9)
+    if roi_shape is None:
+        return min(max(needed, 1), _LARGEST_BINNING)
+    most = min(_LARGEST_BINNING, min(roi_shape) // _SMALLEST_PATTERN)
+    whole = [b for b in range(1, most + 1) if math.gcd(*roi_shape) % b == 0] or [1]
+    return next((b for b in whole if b >= needed), whole[-1])
+
+
+def _rounded_down(value: float) -> float:
+    """Three digits, never more than the value."""
+    step = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return math.floor(value / step) * step

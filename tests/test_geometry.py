@@ -1,4 +1,5 @@
 import math
+import re
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from nanobeam_bluesky.geometry import (
     RectangularPupil,
     ZonePlate,
 )
+from nanobeam_bluesky.physics import forward
 
 PUBLISHED = Geometry.published()
 FIELDS = {
@@ -198,6 +200,136 @@ def test_roi_is_centred_on_the_bragg_centre_unless_placed():
     ROI(row=0, col=0, height=4, width=4).check_inside((4, 4))
     with pytest.raises(GeometryError, match="ROI off the detector"):
         ROI(row=0, col=1, height=4, width=4).check_inside((4, 4))
+
+
+FREE = {"binning": None, "roi_shape": None}
+MIRRORS = {
+    "optics": {"kind": "rectangular", "divergence_x_mrad": 10, "divergence_y_mrad": 4},
+}
+
+
+@pytest.mark.parametrize("absent", [("binning",), ("roi_shape",), ("binning", "roi_shape")])
+def test_published_binning_and_roi_follow_from_its_geometry(absent):
+    chosen = parse(**dict.fromkeys(absent))
+    assert chosen == PUBLISHED
+    assert chosen.fingerprint() == PUBLISHED.fingerprint()
+    # not a default: who leaves defaults out of a start document still states them
+    assert {"binning", "roi_shape"} <= chosen.model_dump(exclude_defaults=True).keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "binning", "roi"),
+    [
+        # large pixels near the sample: a pupil of 6 pixels
+        (
+            {"pixel_size_um": 172, "detector_distance_m": 0.3},
+            1,
+            ROI(row=240, col=240, height=32, width=32),
+        ),
+        (MIRRORS, 3, ROI(row=208, col=160, height=96, width=192)),
+        (MIRRORS | {"orientation": "rotate_90"}, 3, ROI(row=160, col=208, height=192, width=96)),
+        (
+            {"detector_shape": (115, 256), "bragg_center_px": (128.0, 57.5)},
+            2,
+            ROI(row=0, col=64, height=114, width=128),
+        ),
+        ({"bragg_center_px": (30.0, 490.0)}, 2, ROI(row=426, col=0, height=86, width=94)),
+        (
+            {"bragg_center_px": (30.0, 490.0), "detector_shape": None},
+            2,
+            ROI(row=426, col=0, height=128, width=94),
+        ),
+        ({"roi_origin_px": (100, 210)}, 2, ROI(row=100, col=210, height=128, width=128)),
+    ],
+)
+def test_binning_and_roi_hold_the_pupil_and_stay_on_the_detector(changes, binning, roi):
+    geometry = parse(**FREE | changes)
+    assert (geometry.binning, geometry.roi) == (binning, roi)
+
+
+@pytest.mark.parametrize(
+    ("roi_shape", "binning"), [((128, 128), 2), ((129, 129), 3), ((127, 128), 1), ((12, 12), 1)]
+)
+def test_binning_divides_a_given_roi(roi_shape, binning):
+    assert parse(binning=None, roi_shape=roi_shape).binning == binning
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    distance=st.floats(0.05, 3),
+    x=st.floats(0, 487),
+    y=st.floats(0, 195),
+    half_angles=st.tuples(st.floats(0.1, 20), st.floats(0.1, 20)),
+    orientation=st.sampled_from(ORIENTATIONS),
+)
+def test_chosen_roi_is_as_large_as_the_pupil_or_the_reason_says_what_works(
+    distance, x, y, half_angles, orientation
+):
+    pupil = RectangularPupil(
+        divergence_x_mrad=2 * half_angles[0], divergence_y_mrad=2 * half_angles[1]
+    )
+    values = FREE | {
+        "detector_shape": (195, 487),
+        "bragg_center_px": (x, y),
+        "optics": pupil,
+        "orientation": orientation,
+    }
+    geometry = None
+    while geometry is None:
+        try:
+            geometry = parse(**values, detector_distance_m=distance)
+        except GeometryError as error:
+            nearer = re.search(r"the pupil is .* to at most (\S+) m", str(error))
+            assert nearer, error
+            assert float(nearer[1]) < distance
+            distance = float(nearer[1])
+    rx, ry, _, _ = geometry.pupil_px
+    assert max(rx, ry) <= 30
+    assert geometry.binning == 1 or max(rx, ry) * geometry.binning > 30 * (geometry.binning - 1)
+    (cx, cy), (ny, nx) = geometry.pattern_center, geometry.pattern_shape
+    rows, cols = geometry.detector_shape
+    roi = geometry.roi
+    edges = [roi.col, cols - roi.col - roi.width, roi.row, rows - roi.row - roi.height]
+    cut = any(edge < geometry.binning for edge in edges)
+    assert cut or min(cx, nx - cx) >= 1.05 * rx
+    assert cut or min(cy, ny - cy) >= 1.05 * ry
+
+
+@pytest.mark.parametrize("changes", [{}, {"delta_theta_deg": 0.1}, MIRRORS])
+def test_chosen_roi_holds_the_light(changes):
+    chosen = parse(**FREE | changes)
+    whole = parse(**changes, binning=chosen.binning, roi_shape=(504, 504))
+    seen, all_light = (forward(0.001, 0.01, -0.02, g).sum() for g in (chosen, whole))
+    assert seen > 0.97 * all_light
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"detector_distance_m": 5.0},
+            r"the pupil is 619 pixels high, the detector 512 \(detector_shape\): move the "
+            r"detector to at most 4.13 m, or say with roi_shape",
+        ),
+        ({"bragg_center_px": (600.0, 256.0)}, r"\(600, 256\), .* off the detector of 512 rows"),
+        ({"bragg_center_px": (-1.0, 256.0), "detector_shape": None}, r"off the detector: give"),
+    ],
+)
+def test_geometry_without_a_possible_roi_says_what_would_work(changes, message):
+    with pytest.raises(GeometryError, match=rf"^run 3f2a: .*{message}"):
+        parse(**FREE | changes)
+
+
+def test_part_of_a_pupil_larger_than_the_detector_is_analysed_on_demand():
+    assert parse(binning=None, detector_distance_m=5.0, roi_shape=(512, 512)).binning == 16
+
+
+def test_fringes_are_as_far_apart_as_the_pattern_shows_them():
+    geometry = parse(thickness_nm=60.0, binning=1)
+    profile = forward(0.0, 0.0, 0.0, geometry)[0].sum(axis=0)
+    first = [np.flatnonzero(np.diff(half) > 0)[0] for half in (profile[64:], profile[63::-1])]
+    assert sum(first) + 1 == pytest.approx(2 * geometry.fringe_px, abs=1)
+    assert PUBLISHED.fringe_px == pytest.approx(37.7, abs=0.05)  # 1 / (2 f), f = 0.01327
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nanobeam_bluesky.geometry import Geometry, GeometryError
+from nanobeam_bluesky.geometry import ROI, Geometry, GeometryError
 from nanobeam_bluesky.presets import MissingMetadataError, Preset
 
 
@@ -16,6 +16,22 @@ def start(*without, **changes):
 
 def test_the_default_preset_reads_what_it_documents():
     assert Geometry.from_start(start()) == Geometry.published()
+
+
+def test_binning_and_roi_need_not_be_given():
+    assert Geometry.from_start(start("binning", "roi_shape")) == Geometry.published()
+
+
+def test_another_roi_takes_the_place_of_the_runs_own():
+    other = ROI(row=190, col=200, height=129, width=99)  # not a multiple of the fitting binning
+    off = {"detector_distance_m": 5.0}  # no ROI could be chosen
+    document = start("binning", "roi_shape", **off)
+    geometry = Preset.load("default").read_geometry(document, roi=other)
+    assert (geometry.roi, geometry.binning) == (other, 3)
+    with pytest.raises(GeometryError, match=r"^run 3f2a91c0 with roi = ROI\(.*off the detector"):
+        Preset.load("default").read_geometry(
+            start("binning"), roi=other.model_copy(update={"row": 500})
+        )
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from nanobeam_bluesky.geometry import Geometry, GeometryError
+from nanobeam_bluesky.geometry import ROI, Geometry, GeometryError
 
 __all__ = ["MissingMetadataError", "Preset", "ScanMetadata", "unit_registry"]
 
@@ -39,7 +39,6 @@ _REQUIRED: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("lattice_c_angstrom", "reflection_l"), ("d_spacing_angstrom",)),
     (("detector_distance_m",),),
     (("pixel_size_um",),),
-    (("roi_shape",),),
     (("bragg_center_px",),),
     (("thickness_nm",),),
     (("optics",),),
@@ -222,8 +221,9 @@ class Preset(_Strict):
         *,
         baseline: Mapping[str, Any] | None = None,
         configuration: Mapping[str, Any] | None = None,
+        roi: ROI | None = None,
     ) -> Geometry:
-        """Read a `Geometry` from a run.
+        """Read a `Geometry` from a run; `roi` takes the place of the run's own.
 
         Raises
         ------
@@ -252,6 +252,10 @@ class Preset(_Strict):
                 f"{where}: {'; '.join(problems)}; set it there or name its place in the preset "
                 f"(now {self.name!r})"
             )
+        if roi is not None:
+            values["roi_shape"] = (roi.height, roi.width)
+            values["roi_origin_px"] = (roi.row, roi.col)
+            where += f" with roi = {roi!r}"
         return Geometry.parse(values, where=where)
 
 
