@@ -12,6 +12,7 @@ from nanobeam_bluesky.geometry import Geometry
 from nanobeam_bluesky.physics._numba import in_threads, kernel
 from nanobeam_bluesky.physics.continuous import (
     ContinuousPlan,
+    Floats,
     TiltReciprocal,
     continuous_plan,
     pattern_channels,
@@ -88,22 +89,7 @@ def fisher_information(
     )
     plan = continuous_plan(geometry)
     dx, dy, dq = shifts(plan, strain, omega, chi, tilt_reciprocal=tilt_reciprocal)
-    raw = np.empty((strain.size, 6, 6))
-    used = np.ascontiguousarray(~mask.T, dtype=np.float64)
-    in_threads(
-        lambda part: _accumulate(
-            plan,
-            dx[part],
-            dy[part],
-            dq[part],
-            10 * film[part],
-            scale[part],
-            background[part],
-            used,
-            raw[part],
-        ),
-        strain.size,
-    )
+    raw = shift_information(plan, dx, dy, dq, 10 * film, scale, background, ~mask)
     jacobian = np.zeros((strain.size, 6, 6))
     jacobian[:, :4, :4] = shift_derivatives(
         plan, strain, omega, chi, tilt_reciprocal=tilt_reciprocal
@@ -112,6 +98,39 @@ def fisher_information(
     jacobian = jacobian[:, :, [PARAMETERS.index(name) for name in fit]]
     information: NDArray[np.float64] = np.swapaxes(jacobian, 1, 2) @ raw @ jacobian
     return information
+
+
+def shift_information(
+    plan: ContinuousPlan,
+    shift_x: Floats,
+    shift_y: Floats,
+    dq: Floats,
+    thickness: Floats,
+    scale: Floats,
+    background: Floats,
+    used: NDArray[np.bool_],
+) -> NDArray[np.float64]:
+    """Fisher information (n, 6, 6) of shifts (pixels), dq (Å⁻¹), thickness (Å), scale, background.
+
+    Pixels that are not `used` (ny, nx) are left out.
+    """
+    out = np.empty((len(shift_x), 6, 6))
+    columns = np.ascontiguousarray(used.T, dtype=np.float64)
+    in_threads(
+        lambda part: _accumulate(
+            plan,
+            shift_x[part],
+            shift_y[part],
+            dq[part],
+            thickness[part],
+            scale[part],
+            background[part],
+            columns,
+            out[part],
+        ),
+        len(shift_x),
+    )
+    return out
 
 
 def cramer_rao(

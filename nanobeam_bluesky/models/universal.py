@@ -1,0 +1,312 @@
+"""The shipped network for every geometry of an envelope, and what it becomes for one.
+
+It works in reduced coordinates (`models.reduced`) and looks twice: first around the Bragg
+centre, then around where it has found the pupil, where only small corrections are left.
+Layers are modulated by numbers that a small network makes of the geometry's (Perez et al.,
+FiLM, AAAI 2018, arXiv 1709.07871); for one geometry they are constants.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from importlib.resources import files
+
+import torch
+from safetensors.torch import load
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nanobeam_bluesky.geometry import Geometry
+from nanobeam_bluesky.models.reduced import (
+    CONDITIONS,
+    VIEW,
+    Reduced,
+    check_envelope,
+    reduce_geometry,
+)
+
+__all__ = ["ReducedNet", "UniversalNet", "universal_network"]
+
+CELLS = 44
+"""Of the grid that a pattern is averaged on, along each axis."""
+CLOSE_VIEW = 1.2
+"""How far the second look goes, in half-widths of the pupil around where it lies."""
+
+_PATCH, _STRIDE = 8, 4
+_PATCHES = (CELLS - _PATCH) // _STRIDE + 1
+_BRIGHTEST = 40.0  # of the mean: no hot pixel counts for more
+_FARTHEST = 1.3  # where the second look may go, half-widths
+_HIDDEN = 96  # of the network that makes the modulations
+
+Modulation = tuple[Tensor, Tensor]
+"""Gain − 1 and offset, (g, 1, width), of a layer's outputs."""
+
+
+class _Look(nn.Module):
+    """Patches and profiles of a grid (g, b, CELLS, CELLS) → three values and log σ each.
+
+    `extra` numbers of every pattern, such as the logarithm of its counts, add to every layer.
+    """
+
+    def __init__(self, features: int, widths: tuple[int, ...], extra: int) -> None:
+        super().__init__()
+        inputs = (features * _PATCHES**2 + 4 * CELLS, *widths[:-1])
+        self.widths = (features, *widths)
+        self.patches = nn.Linear(_PATCH**2, features)
+        self.dense = nn.ModuleList(map(nn.Linear, inputs, widths))
+        self.extras = nn.ModuleList(nn.Linear(extra, w, bias=False) for w in self.widths)
+        self.last = nn.Linear(widths[-1], 6)
+
+    def forward(
+        self, grid: Tensor, pupil: Tensor | None, extra: Tensor, modulations: list[Modulation]
+    ) -> Tensor:
+        mean = grid.mean((-1, -2), keepdim=True).clamp_min(1e-12)
+        relative = (grid / mean).clamp_max(_BRIGHTEST)
+        # sums of counts tell strain best, and in the pupil alone: linear, and stabilised
+        lit = relative if pupil is None else relative * pupil[:, None]
+        profiles = torch.cat([lit.mean(-1), lit.mean(-2)], -1)
+        profiles = torch.cat([profiles - 1, torch.sqrt(profiles + 0.05) - 1], -1)
+        stable = torch.sqrt(relative + 1) - 1.2
+        patches = stable.unfold(2, _PATCH, _STRIDE).unfold(3, _PATCH, _STRIDE)
+        hidden = self.patches(patches.flatten(4).flatten(2, 3))  # (g, b, patches, features)
+        gain, offset = modulations[0]
+        offset = offset + self.extras[0](extra)
+        hidden = functional.gelu(hidden * (1 + gain[:, :, None]) + offset[:, :, None])
+        hidden = torch.cat([hidden.flatten(2), profiles], -1)
+        for layer, more, (gain, offset) in zip(
+            self.dense, self.extras[1:], modulations[1:], strict=True
+        ):
+            hidden = functional.gelu(layer(hidden) * (1 + gain) + offset + more(extra))
+        out: Tensor = self.last(hidden)
+        return out
+
+
+class _TwoLooks(nn.Module):
+    """What `UniversalNet` and `ReducedNet` share; g geometries, b patterns of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = _Look(16, (160, 96), 1)
+        self.second = _Look(20, (256, 256, 128), 7)
+
+    def _looks(
+        self,
+        patterns: Tensor,  # (g, b, ny, nx)
+        columns: Tensor,  # (g, nx + 1)
+        rows: Tensor,  # (g, ny + 1)
+        units: Tensor,  # (g, 3)
+        condition: Tensor,  # (g, CONDITIONS)
+        modulations: tuple[list[Modulation], list[Modulation]],
+    ) -> tuple[Tensor, Tensor]:
+        """Shifts in `Reduced.units` and log σ of both looks, each (g, b, 6)."""
+        half_x, half_y = units[:, :1], units[:, 1:2]
+        nowhere = torch.zeros_like(half_x)
+        grid = _resampled(patterns, columns, rows, nowhere, nowhere, half_x, half_y, VIEW)
+        area = (2 * VIEW / CELLS) ** 2 * half_x * half_y
+        counts = torch.log((grid.sum((-1, -2)) * area).clamp_min(1))
+        level = ((counts - 8) / 2.5)[..., None]
+        first = self.first(grid, None, level, modulations[0])
+        known = first.detach()
+        place = known[..., :3].clamp(-_FARTHEST, _FARTHEST)
+        grid = _resampled(
+            patterns, columns, rows, -place[..., 0], -place[..., 1], half_x, half_y, CLOSE_VIEW
+        )
+        extra = torch.cat([level, place, known[..., 3:]], -1)
+        second = self.second(grid, _pupil(condition), extra, modulations[1])
+        return first, torch.cat([place + 0.1 * second[..., :3], second[..., 3:]], -1)
+
+
+class UniversalNet(_TwoLooks):
+    """The network of all geometries, for training; `at` makes that of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modulators = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(CONDITIONS, _HIDDEN),
+                nn.GELU(),
+                nn.Linear(_HIDDEN, _HIDDEN),
+                nn.GELU(),
+                nn.Linear(_HIDDEN, 2 * sum(look.widths)),
+            )
+            for look in (self.first, self.second)
+        )
+        for modulator in self.modulators:
+            last = modulator[-1]  # type: ignore[index]
+            nn.init.zeros_(last.bias)
+            with torch.no_grad():
+                last.weight.mul_(0.3)
+
+    def modulations(self, condition: Tensor) -> tuple[list[Modulation], list[Modulation]]:
+        """Of both looks, for conditions (g, CONDITIONS)."""
+        looks = zip((self.first, self.second), self.modulators, strict=True)
+        first, second = (_split(modulator(condition), look.widths) for look, modulator in looks)
+        return first, second
+
+    def forward(
+        self, patterns: Tensor, columns: Tensor, rows: Tensor, units: Tensor, condition: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Labels and log σ of both looks, each (g, b, 6), of patterns (g, b, ny, nx)."""
+        modulations = self.modulations(condition)
+        return self._looks(patterns, columns, rows, units, condition, modulations)
+
+    @torch.no_grad()
+    def at(self, reduced: Reduced) -> ReducedNet:
+        """Return the network of one geometry, in evaluation mode."""
+        shape = (len(reduced.rows) - 1, len(reduced.columns) - 1)
+        network = ReducedNet(shape)
+        network.first.load_state_dict(self.first.state_dict())
+        network.second.load_state_dict(self.second.state_dict())
+        condition = torch.from_numpy(reduced.condition)
+        for mine, modulator in zip(network.modulated, self.modulators, strict=True):
+            mine.copy_(modulator(condition))
+        plan = reduced.plan
+        network.condition.copy_(condition)
+        network.columns.copy_(torch.from_numpy(reduced.columns))
+        network.rows.copy_(torch.from_numpy(reduced.rows))
+        network.units.copy_(torch.from_numpy(reduced.units))
+        network.scales.copy_(
+            torch.tensor(
+                [reduced.slope, reduced.offset, plan.g, plan.omega_px, plan.chi_px, plan.dq_px],
+                dtype=torch.float64,
+            )
+        )
+        return network.eval()
+
+
+class ReducedNet(_TwoLooks):
+    """The universal network for one geometry: strain and tilts, and how sure it is of them.
+
+    Parameters
+    ----------
+    pattern_shape
+        (ny, nx).
+    thickness_nm
+        Must be absent: this network does not tell the thickness.
+    """
+
+    condition: Tensor
+    columns: Tensor
+    rows: Tensor
+    units: Tensor
+    scales: Tensor
+
+    def __init__(
+        self, pattern_shape: tuple[int, int], *, thickness_nm: float | None = None
+    ) -> None:
+        if thickness_nm is not None:
+            raise ValueError("ReducedNet does not tell the thickness; train SeparableNet")
+        super().__init__()
+        ny, nx = pattern_shape
+        self.modulated = nn.ParameterList(
+            nn.Parameter(torch.zeros(2 * sum(look.widths))) for look in (self.first, self.second)
+        )
+        self.register_buffer("condition", torch.zeros(CONDITIONS))
+        self.register_buffer("columns", torch.arange(nx + 1.0))
+        self.register_buffer("rows", torch.arange(ny + 1.0))
+        self.register_buffer("units", torch.ones(3))
+        # slope and offset of `Reduced`; g, omega_px, chi_px and dq_px of its plan
+        self.register_buffer("scales", torch.ones(6, dtype=torch.float64))
+
+    def forward(self, counts: Tensor) -> Tensor:
+        """Of counts (n, 1, ny, nx): strain, ω, χ (deg) and their σ, (n, 6)."""
+        first, second = (
+            _split(values[None], look.widths)
+            for values, look in zip(self.modulated, (self.first, self.second), strict=True)
+        )
+        _, labels = self._looks(
+            counts[None, :, 0],
+            self.columns[None],
+            self.rows[None],
+            self.units[None],
+            self.condition[None],
+            (first, second),
+        )
+        return self._angles(labels[0])
+
+    def _angles(self, labels: Tensor) -> Tensor:
+        """From `Reduced.units` and log σ, (n, 6), to strain and tilts."""
+        slope, offset, g, omega_px, chi_px, dq_px = self.scales.to(labels.dtype)
+        x, y, e = (labels[:, :3] * self.units).unbind(1)
+        # g − G/(1+ε) of the strained film
+        moved = e * slope + x * (slope - dq_px) - offset
+        strained = g - moved
+        per_px = torch.stack([slope / g, 1 / (g * omega_px), 1 / (g * chi_px)])
+        per_px = per_px * torch.tensor([1.0, 180 / torch.pi, 180 / torch.pi])
+        found = torch.stack(
+            [moved / strained, x / (strained * omega_px), y / (strained * chi_px)], 1
+        )
+        found = found * torch.tensor([1.0, 180 / torch.pi, 180 / torch.pi])
+        order = self.units[[2, 0, 1]] * per_px
+        sigma = torch.exp(3 * labels[:, [5, 3, 4]].clamp(-6, 3)) * order
+        return torch.cat([found, sigma], 1)
+
+
+def universal_network(geometry: Geometry) -> tuple[ReducedNet, Reduced, str]:
+    """Return the shipped network for a geometry, its reduced coordinates and the weights' hash.
+
+    Raises
+    ------
+    OutsideEnvelopeError
+        If it was not trained for such a geometry; says what is outside.
+    ValueError
+        If there is no continuous model of the geometry.
+    """
+    reduced = reduce_geometry(geometry)
+    check_envelope(geometry, reduced)
+    network, digest = _shipped()
+    return network.at(reduced), reduced, digest
+
+
+@lru_cache(maxsize=1)
+def _shipped() -> tuple[UniversalNet, str]:
+    path = files("nanobeam_bluesky.models").joinpath("weights", "universal", "weights.safetensors")
+    content = path.read_bytes()
+    network = UniversalNet()
+    network.load_state_dict(load(content))
+    return network.eval(), hashlib.sha256(content).hexdigest()
+
+
+def _split(values: Tensor, widths: tuple[int, ...]) -> list[Modulation]:
+    """(g, 2 Σ widths) → a modulation for every layer."""
+    parts = values[:, None].split([w for width in widths for w in (width, width)], -1)
+    return list(zip(parts[::2], parts[1::2], strict=True))
+
+
+def _resampled(
+    patterns: Tensor,
+    columns: Tensor,
+    rows: Tensor,
+    middle_x: Tensor,
+    middle_y: Tensor,
+    half_x: Tensor,
+    half_y: Tensor,
+    view: float,
+) -> Tensor:
+    """Patterns (g, b, ny, nx) averaged on a grid around a middle (g, b or 1), in pixels."""
+    across = _overlaps(columns, middle_x, half_x, view)
+    along = _overlaps(rows, middle_y, half_y, view)
+    return along @ (patterns @ across.transpose(-1, -2))
+
+
+def _overlaps(borders: Tensor, middle: Tensor, half: Tensor, view: float) -> Tensor:
+    """How much of every pixel lies in every cell, per cell width: (g, b or 1, CELLS, n)."""
+    edges = torch.linspace(-view, view, CELLS + 1, device=borders.device)
+    cells = middle[..., None] + edges * half[..., None]
+    widths = borders.diff(dim=-1)[:, None, None]
+    parts = ((cells[..., None] - borders[:, None, None, :-1]) / widths).clamp_(0, 1)
+    step = (2 * view / CELLS) * half[..., None, None]
+    return parts.diff(dim=-2) * (widths / step)
+
+
+def _pupil(condition: Tensor) -> Tensor:
+    """1 on the cells of the second look that the pupil lets light into, (g, CELLS, CELLS)."""
+    t = (torch.arange(CELLS, device=condition.device) + 0.5) * (2 * CLOSE_VIEW / CELLS)
+    x = (t - CLOSE_VIEW).abs()[None, None, :]
+    y = x.transpose(1, 2)
+    stop_x, stop_y = ((condition[:, i, None, None] + 1) / 2 - 0.03 for i in (1, 2))
+    r = torch.hypot(x, y)
+    ring = (r < 1.03) & (r > stop_x)
+    rectangle = (torch.maximum(x, y) < 1.03) & ~((x < stop_x) & (y < stop_y))
+    return torch.where(condition[:, :1, None] > 0, ring, rectangle).to(condition.dtype)
