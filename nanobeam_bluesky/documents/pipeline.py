@@ -299,16 +299,8 @@ class RunPipeline:
                 self.start,
                 baseline=self._references.baseline,
                 configuration=self._references.configuration,
+                roi=self._roi,
             )
-            if self._roi is not None:
-                geometry = Geometry.parse(
-                    geometry.model_dump()
-                    | {
-                        "roi_shape": (self._roi.height, self._roi.width),
-                        "roi_origin_px": (self._roi.row, self._roi.col),
-                    },
-                    where=f"run {self.start['uid'][:8]} with roi = {self._roi!r}",
-                )
         except MissingMetadataError as error:
             if last_chance:
                 self.fail(str(error))
