@@ -236,6 +236,8 @@ def random_geometry(rng: np.random.Generator) -> Geometry:
             shape.append(int(rng.integers(least, 85)) if rng.random() < 0.6 else max(least, 64))
         nx, ny = shape
         off = rng.uniform(-1, 1, 2) * (0.1 * np.array(shape) if rng.random() < 0.5 else 1.0)
+        rocked = 0.0 if rng.random() < 0.7 else 0.1 * rng.standard_normal()
+        off[0] -= math.tan(2 * math.radians(rocked)) / step  # the ROI goes with the pupil
         try:
             return Geometry(
                 energy_keV=energy,
@@ -250,7 +252,7 @@ def random_geometry(rng: np.random.Generator) -> Geometry:
                 ),
                 d_spacing_angstrom=wavelength / (2 * math.sin(bragg)),
                 thickness_nm=thickness,
-                delta_theta_deg=0.0 if rng.random() < 0.7 else 0.1 * rng.standard_normal(),
+                delta_theta_deg=rocked,
                 pupil_blur_px=blur,
                 optics=optics,
             )

@@ -53,7 +53,7 @@ _OFF = 0.15  # part of the patterns whose thickness is up to 10 % off
 _HOT = 0.1  # part of the patterns with hot pixels that nobody has masked
 _MASKED = 0.3  # part of the geometries with bad pixels or a module gap, filled by neighbours
 _DARKEST = 0.02  # patterns with less of the light are not learnt from
-_FLOOR = (0.0015, 0.0015, 0.004)  # errors below are no gain, in units of the labels
+_FLOOR = (0.002, 0.002, 0.004)  # errors below are no gain, in units of the labels
 _KNEE = 3.0  # of the loss, in σ: quadratic below, linear above
 _IMPORTANCE = (1.0, 1.0, 2.0)  # strain is the hardest
 _CHECKPOINT = 1000  # steps
@@ -341,7 +341,7 @@ def _resume(
 
 def main(
     folder: Path,
-    steps: Annotated[int, typer.Option(help="256 patterns each.")] = 45_000,
+    steps: Annotated[int, typer.Option(help="256 patterns each.")] = 28_000,
     seed: Annotated[int, typer.Option(help="Of weights, geometries and noise.")] = 0,
 ) -> None:
     """Train the shipped network, or go on where an earlier training ended."""
