@@ -8,7 +8,7 @@ the coordinates in which a pattern is simplest: where the pupil lies on the dete
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanobeam_bluesky.geometry import Geometry
+from nanobeam_bluesky.models.correlation import PARAMETERS
 from nanobeam_bluesky.models.estimates import (
     DEFAULT_FIT,
     MIN_COUNTS,
@@ -24,6 +25,7 @@ from nanobeam_bluesky.models.estimates import (
     Flag,
     check_fit,
 )
+from nanobeam_bluesky.models.search import Likeliest, likeliest
 from nanobeam_bluesky.physics._numba import in_threads, kernel
 from nanobeam_bluesky.physics.continuous import (
     ContinuousPlan,
@@ -50,6 +52,8 @@ _CLOSE = 0.02  # squared distance to the maximum, in σ, from which the last ste
 _FAINT = 1e-6  # least background, in units of the scale: what a blurred rim ends in
 _STEP_PX = 4.0  # longest step of a shift
 _STEP_FRINGE = 0.25  # longest step of t dq / 2π
+_TRUST = 4.0  # longest first step, in σ of the start, …
+_LEAST_STEP = (0.5, 0.5, 0.03)  # … but at least this: shifts, t dq / 2π
 _STEP_PART = 0.25  # longest step of thickness and blur, of their value
 _THICKNESS_RANGE = (0.25, 4.0)  # of the geometry's
 _BLUR_NODES = (0.7, 0.9, 1.1, 1.3)  # blurs that are computed, of the geometry's; cubic between
@@ -61,6 +65,9 @@ _LEAST_SIGNAL = 6.0  # scale in σ beside background: below, a fit to nothing is
 _LARGEST_SCORE = 3.3  # of the thickness, in σ …
 _THICKNESS_OFF = 0.1  # … where it also is off by this part
 _MODEL_ERROR = 0.05  # no misfit below this root mean square error of the model
+
+_JUMP = 8.0  # farther from the start, in σ of both, is no surprise only for a bad start
+_CLOSE_CALL = 10.0  # log likelihood by which the library's first choice must lead the second
 
 
 class Fitted(NamedTuple):
@@ -76,11 +83,12 @@ class Fitted(NamedTuple):
 
 def refine(
     patterns: NDArray[Any],
-    start: Estimates,
+    start: Estimates | None,
     geometry: Geometry,
     *,
     fit: Sequence[str] = DEFAULT_FIT,
     mask: NDArray[np.bool_] | None = None,
+    ranges: Mapping[str, float] | None = None,
 ) -> Estimates:
     """Maximise the Poisson likelihood of the continuous model, from a first estimate.
 
@@ -89,9 +97,10 @@ def refine(
     patterns
         (n, ny, nx), counts.
     start
-        First estimates of strain, ω and χ, n points; those of a network or of
-        `library_search`. Where one is not finite, the fit starts from zero. The thickness,
-        if fitted, starts from the geometry's where there is none.
+        First estimates of strain, ω and χ, n points, as of a network. Where one is not
+        finite, the fit starts from zero. Where all three have σ, these say how far the first
+        steps may go. The thickness, if fitted, starts from the geometry's where there is none.
+        None: those of `library_search`.
     geometry
         The geometry.
     fit
@@ -100,6 +109,8 @@ def refine(
         geometry's. The blur is found within 0.7 to 1.3 of the geometry's.
     mask
         True for pixels to leave out, (ny, nx) or (n, ny, nx).
+    ranges
+        Of the library that `library_search` takes, where it is needed.
 
     Returns
     -------
@@ -120,40 +131,120 @@ def refine(
     Source of the model: Luo et al., Sci. Rep. (2025), doi 10.1038/s41598-025-97183-0.
     Fisher scoring: Newton steps with the expected instead of the observed information,
     damped (Levenberg) where a step would not raise the likelihood.
+
+    Where this ends at no maximum, at a misfit, or 8 σ from where it started, or where that was
+    known to 4 pixels or 1/4 fringe only, it is done again from the library's likeliest pattern,
+    or from the second one if it has been near the first; so it is where a fit starts from the
+    library and two of its patterns are about as likely. The better of both fits counts.
     """
-    return refine_checked(check(patterns, geometry, mask), start, geometry, fit, mask)
+    return refine_checked(check(patterns, geometry, mask), start, geometry, fit, mask, ranges)
 
 
 def refine_checked(
     checked: Checked,
-    start: Estimates,
+    start: Estimates | None,
     geometry: Geometry,
     fit: Sequence[str],
     mask: NDArray[np.bool_] | None,
+    ranges: Mapping[str, float] | None = None,
 ) -> Estimates:
     """Do what `refine` does, with what `check` has found."""
-    counts, total = checked.counts, checked.total
-    if len(start) != len(counts):
-        raise ValueError(f"start has {len(start)} points for {len(counts)} patterns")
-    ny, nx = geometry.pattern_shape
-    used = np.ones((1, ny, nx), np.float32)
-    if mask is not None:
-        used = (~mask).astype(np.float32).reshape(-1, ny, nx)
-    lit = (total >= MIN_COUNTS) & ~checked.broken
+    counts, total, broken = checked.counts, checked.total, checked.broken
+    n = len(counts)
+    if start is not None and len(start) != n:
+        raise ValueError(f"start has {len(start)} points for {n} patterns")
+    lit = (total >= MIN_COUNTS) & ~broken
     plan = continuous_plan(geometry)
+
+    def search(which: Any) -> Likeliest:
+        shown = counts[which]
+        if broken[which].any():
+            shown = np.where(broken[which, None, None], np.float32(0), shown)
+        hidden = mask[which] if mask is not None and mask.ndim == 3 else mask
+        return likeliest(shown, geometry, ranges=ranges, mask=hidden)
+
+    def fit_from(begin: Floats, reach: Floats, which: Any) -> Fitted:
+        used = np.ones((1, *geometry.pattern_shape), np.float32)
+        if mask is not None:
+            used = (~(mask[which] if mask.ndim == 3 else mask[None])).astype(np.float32)
+        return fit_shifts(
+            counts[which], begin, geometry, fit=fit, used=used, which=lit[which], reach=reach
+        )
+
+    found, everything = None, slice(None)
+    if start is None:
+        found = search(everything)
+        start = found.first
+    begin, reach, vague = _begin(start, plan, "thickness" in fit)
+    fitted = fit_from(begin, reach, everything)
+    estimates = _estimates(fitted, plan, fit, total, lit, start)
+    again = lit & ((estimates.flags & (Flag.NOT_CONVERGED | Flag.MISFIT)) > 0)
+    again |= lit & (vague | _jumped(estimates, start))
+    if found is not None:
+        again |= lit & (found.lead < _CLOSE_CALL)
+    if again.any():
+        which = np.flatnonzero(again)
+        choices = found.select(which) if found is not None else search(which)
+        been = _near(choices, start.select(which)) | _near(choices, estimates.select(which))
+        other = choices.first.put(been, choices.second.select(been))
+        other = replace(other, thickness=start.thickness[which])
+        begin, reach, _ = _begin(other, plan, "thickness" in fit)
+        _keep_better(fitted, fit_from(begin, reach, which), which)
+        estimates = _estimates(fitted, plan, fit, total, lit, start)
+    flags = estimates.flags | np.where(checked.fractional, int(Flag.MISFIT), 0)
+    estimates = replace(estimates, flags=flags)
+    return estimates.put(broken, Estimates.empty(int(broken.sum()), Flag.MISFIT))
+
+
+def _begin(
+    start: Estimates, plan: ContinuousPlan, thickness: bool
+) -> tuple[Floats, Floats, NDArray[np.bool_]]:
+    """In the kernel's parameters: where to start, the longest first step, whether σ is beyond any.
+
+    (n, 3 or 4), (n, 3) and (n,). A start so vague is worse than the library's.
+    """
     strain, omega, chi = (
         np.where(np.isfinite(v), v, 0.0) for v in (start.strain, start.omega, start.chi)
     )
     strain = np.clip(strain, -0.5, 1)
     first = np.stack(shifts(plan, strain, omega, chi), 1)
-    if "thickness" in fit:
+    slopes = shift_derivatives(plan, strain, omega, chi)[:, :3, :3]
+    slopes[:, _DQ] *= plan.thickness / (2 * math.pi)
+    known = np.stack([start.strain_sigma, start.omega_sigma, start.chi_sigma], 1)
+    sigma = np.sqrt(np.einsum("nij,nj->ni", slopes**2, known**2))
+    longest = np.array([_STEP_PX, _STEP_PX, _STEP_FRINGE])
+    reach = np.where(np.isfinite(sigma), np.clip(_TRUST * sigma, _LEAST_STEP, longest), longest)
+    if thickness:
         part = np.nan_to_num(10 * start.thickness / plan.thickness, nan=1.0)
         first = np.column_stack([first, np.clip(part, *_THICKNESS_RANGE) * plan.thickness])
-    fitted = fit_shifts(counts, first, geometry, fit=fit, used=used, which=lit)
-    estimates = _estimates(fitted, plan, fit, total, lit, start)
-    flags = estimates.flags | np.where(checked.fractional, int(Flag.MISFIT), 0)
-    estimates = replace(estimates, flags=flags)
-    return estimates.put(checked.broken, Estimates.empty(int(checked.broken.sum()), Flag.MISFIT))
+    return first, reach, (sigma > longest).any(axis=1)
+
+
+def _jumped(estimates: Estimates, start: Estimates) -> NDArray[np.bool_]:
+    """Whether a fit ended where the start's σ say that it should not, (n,)."""
+    jumped = np.zeros(len(estimates), np.bool_)
+    for name in PARAMETERS:
+        way = np.abs(getattr(estimates, name) - getattr(start, name))
+        sigma = [getattr(each, f"{name}_sigma") for each in (estimates, start)]
+        jumped |= way > _JUMP * np.hypot(*sigma)
+    return jumped
+
+
+def _near(choices: Likeliest, estimates: Estimates) -> NDArray[np.bool_]:
+    """Whether estimates are neighbours of the library's first choice, (n,)."""
+    near = np.ones(len(estimates), np.bool_)
+    for name, step in zip(PARAMETERS, choices.steps, strict=True):
+        near &= np.abs(getattr(estimates, name) - getattr(choices.first, name)) <= step
+    return near
+
+
+def _keep_better(fitted: Fitted, other: Fitted, which: NDArray[np.intp]) -> None:
+    """Put other fits of the patterns `which` where they are better."""
+    better = other.converged & ~fitted.converged[which]
+    lower = other.quality[:, 0] < fitted.quality[which, 0]
+    better |= (other.converged == fitted.converged[which]) & lower
+    for ours, theirs in zip(fitted, other, strict=True):
+        ours[which[better]] = theirs[better]
 
 
 def fit_shifts(
@@ -164,6 +255,7 @@ def fit_shifts(
     fit: Sequence[str],
     used: NDArray[np.float32],
     which: NDArray[np.bool_],
+    reach: Floats | None = None,
 ) -> Fitted:
     """Fit in the kernel's own parameters.
 
@@ -179,6 +271,8 @@ def fit_shifts(
         (n or 1, ny, nx), 1 or 0.
     which
         (n,), the patterns to fit.
+    reach
+        (n, 3), the longest first step of shift_x, shift_y and t dq / 2π.
     """
     check_fit(fit)
     plans, blurs = _plans(geometry, "blur" in fit)
@@ -187,6 +281,8 @@ def fit_shifts(
     free[_BLUR] = "blur" in fit
     free[_BACKGROUND] = "background" in fit
     n = len(counts)
+    if reach is None:
+        reach = np.tile((_STEP_PX, _STEP_PX, _STEP_FRINGE), (n, 1))
     values = np.zeros((n, _P))
     values[:, _THICKNESS] = plans[0].thickness
     values[:, : start.shape[1]] = start
@@ -198,7 +294,7 @@ def fit_shifts(
     moments = deviance_moments()
     in_threads(
         lambda part: _fit(
-            plans, blurs, indices[part], counts, used, free, moments,
+            plans, blurs, indices[part], counts, used, free, moments, reach,
             values, covariance, quality, converged,
         ),
         len(indices),
@@ -445,6 +541,7 @@ class _Space(NamedTuple):
     trial: Floats  # (7,), the values to try next
     free: NDArray[np.bool_]  # (7,), what is fitted
     moving: NDArray[np.bool_]  # (7,), what is fitted and not at its limit
+    reach: Floats  # (3,), the longest step of shift_x, shift_y and t dq / 2π
 
 
 @kernel
@@ -481,11 +578,11 @@ def _first_brightness(space: _Space) -> bool:
 
 @kernel
 def _advance(
-    plan: ContinuousPlan, blurs: Floats, values: Floats, step: Floats, trial: Floats
+    plan: ContinuousPlan, blurs: Floats, reach: Floats, values: Floats, step: Floats, trial: Floats
 ) -> None:
     """Fill trial with values + step, shortened where it is too long and kept within bounds."""
-    longest = max(abs(step[_X]), abs(step[_Y])) / _STEP_PX
-    longest = max(longest, abs(step[_DQ]) * values[_THICKNESS] / (2 * math.pi) / _STEP_FRINGE)
+    longest = max(abs(step[_X]) / reach[_X], abs(step[_Y]) / reach[_Y])
+    longest = max(longest, abs(step[_DQ]) * values[_THICKNESS] / (2 * math.pi) / reach[_DQ])
     longest = max(longest, abs(step[_THICKNESS]) / (_STEP_PART * values[_THICKNESS]))
     if values[_BLUR] > 0:
         longest = max(longest, abs(step[_BLUR]) / (_STEP_PART * values[_BLUR]))
@@ -500,6 +597,13 @@ def _advance(
     trial[_BLUR] = min(max(trial[_BLUR], blurs[0]), blurs[-1])
     trial[_SCALE] = max(trial[_SCALE], values[_SCALE] / 4)
     trial[_BACKGROUND] = max(trial[_BACKGROUND], _FAINT * trial[_SCALE])
+
+
+@kernel
+def _trust_more(reach: Floats) -> None:
+    """Let the next step be longer."""
+    for a in range(3):
+        reach[a] = min(2 * reach[a], _STEP_FRINGE if a == _DQ else _STEP_PX)
 
 
 @kernel
@@ -546,6 +650,8 @@ def _climb(space: _Space, plans: tuple[ContinuousPlan, ...], blurs: Floats) -> t
             lowest, damping = likelihood, damping / 10 if damping > 0.01 else 0.0
             _copy(trial, now)
             _accept(space)
+            if evaluation > 0:
+                _trust_more(space.reach)
         else:
             damping = max(10 * damping, 0.1)
             # as high as it gets: at a kink of the likelihood there is no flat top
@@ -564,7 +670,7 @@ def _climb(space: _Space, plans: tuple[ContinuousPlan, ...], blurs: Floats) -> t
             decrement += space.step[a] * space.score[a]
             for b in range(_P):
                 length += space.step[a] * space.information[a, b] * space.step[b]
-        _advance(plans[0], blurs, now, space.step, trial)
+        _advance(plans[0], blurs, space.reach, now, space.step, trial)
         if (damping == 0 and length < _CLOSE) or 0 <= gain < _CLOSE:
             return _TOP, decrement
     return ending, 0.0
@@ -630,6 +736,7 @@ def _fit(
     masks: NDArray[np.float32],
     free: NDArray[np.bool_],
     moments: Floats,
+    reach: Floats,
     values: Floats,
     covariance: Floats,
     quality: Floats,
@@ -656,6 +763,7 @@ def _fit(
         np.zeros(_P),
         free,
         np.zeros(_P, np.bool_),
+        np.zeros(3),
     )
     for i in indices:
         mask = masks[i if masks.shape[0] > 1 else 0]
@@ -664,6 +772,8 @@ def _fit(
                 space.used[x, y] = mask[y, x]
                 space.counts[x, y] = patterns[i, y, x]
         _copy(values[i], space.trial)
+        for a in range(3):
+            space.reach[a] = reach[i, a]
         ending, decrement = _climb(space, plans, blurs)
         if ending == _DARK:
             continue

@@ -17,7 +17,15 @@ from scipy.special import xlogy
 from scipy.stats import poisson
 
 from nanobeam_bluesky.geometry import Geometry, RectangularPupil, ZonePlate
-from nanobeam_bluesky.models import Analyzer, Estimates, Flag, correlation_fit, refine
+from nanobeam_bluesky.models import (
+    Analyzer,
+    Estimates,
+    Flag,
+    correlation_fit,
+    library_search,
+    refine,
+    refinement,
+)
 from nanobeam_bluesky.models.correlation import default_library
 from nanobeam_bluesky.models.estimates import DEFAULT_FIT
 from nanobeam_bluesky.models.refinement import _model, _plans
@@ -51,9 +59,12 @@ def draw(geometry, n, counts, *, background=BACKGROUND, seed=0, **changes):
     return truth, rng.poisson(scale * patterns + background), scale
 
 
-def at(values):
-    """Estimates of (n, 3) values, without σ."""
+def at(values, sigma=None):
+    """Estimates of (n, 3) values, with σ (n or 1, 3) or without."""
     columns = dict(zip(NAMES, np.transpose(values), strict=True))
+    if sigma is not None:
+        sigma = np.broadcast_to(sigma, np.shape(values))
+        columns |= {f"{name}_sigma": s for name, s in zip(NAMES, sigma.T, strict=True)}
     return replace(Estimates.empty(len(values)), **columns)
 
 
@@ -385,6 +396,80 @@ def test_a_bad_start_converges_or_is_flagged(kind, lost, counts, optics):
     good = estimates.flags == 0
     assert (abs(pulls(estimates, truth)[good]) < 6).all()
     assert (~good).mean() <= lost
+
+
+OVERCONFIDENT = np.array([1e-4, 1e-4, 3e-4])
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("honest", [True, False], ids=["honest", "overconfident"])
+def test_a_start_15_pixels_off_ends_at_the_maximum(honest, masked):
+    # 100 nm thick: from there one of twenty would climb another maximum, with no flag
+    geometry = RING.model_copy(update={"thickness_nm": 100.0})
+    truth, noisy, _ = draw(geometry, 100, 1000, seed=30)
+    mask = np.zeros((64, 64), bool)
+    mask[:, 26:29] = masked
+    noisy[:, mask] = 1000
+    angle = np.random.default_rng(31).uniform(0, 2 * math.pi, 100)
+    # 15 pixels in ω or χ, or both
+    off = np.column_stack([0 * angle, 0.055 * np.cos(angle), 0.2 * np.sin(angle)])
+    sigma = np.maximum(abs(off), OVERCONFIDENT) if honest else OVERCONFIDENT
+    best = refine(noisy, at(truth), geometry, mask=mask)
+    found = refine(noisy, at(truth + off, sigma), geometry, mask=mask)
+    assert not found.flags.any()
+    distance = abs(values_of(found) - values_of(best)) / values_of(best, "_sigma")
+    np.testing.assert_array_less(distance, 2)  # others lie 30 σ away
+
+
+def test_a_start_that_owns_up_to_a_fringe_is_replaced_by_the_librarys():
+    """At 300 counts a dark fringe holds to a photon."""
+    truth, noisy, _ = draw(RING, 300, 300, seed=32)
+    fringe = np.array([0.017, 0, 0])
+    off = fringe * np.random.default_rng(33).choice([-1, 1], (300, 1))
+    best = refine(noisy, at(truth), RING)
+
+    def lost(start):
+        found = refine(noisy, start, RING)
+        far = abs(values_of(found) - values_of(best)) > values_of(best, "_sigma")
+        return (far.any(axis=1) & (found.flags == 0)).mean()
+
+    assert lost(at(truth + off)) > 0.05
+    assert lost(at(truth + off, fringe + OVERCONFIDENT)) < 0.01
+
+
+def test_sigma_of_a_good_start_changes_nothing_and_asks_no_library(monkeypatch):
+    truth, noisy, _ = draw(RING, 300, 1000, seed=34)
+    start = near(truth, 1000)
+    plain = refine(noisy, start, RING)
+    assert not plain.flags.any()
+    monkeypatch.delattr(refinement, "likeliest")
+    sigma = np.array([3e-4, 4e-4, 1e-3]) * math.sqrt(6)
+    found = refine(noisy, at(values_of(start), sigma), RING)
+    assert not found.flags.any()
+    distance = abs(values_of(found) - values_of(plain)) / values_of(plain, "_sigma")
+    np.testing.assert_array_less(distance, 0.1)
+
+
+def test_of_two_patterns_about_as_likely_the_better_fit_counts():
+    """Mirrors whose edge leaves the ROI, at 300 counts: a photon tells where it is."""
+    truth, noisy, _ = draw(MIRRORS, 1500, 300, background=0, seed=35)
+
+    def lost(start):
+        return (abs(pulls(refine(noisy, start, MIRRORS), truth)) > 5).any(axis=1).sum()
+
+    assert lost(None) <= 0.7 * lost(library_search(noisy, MIRRORS))
+
+
+@pytest.mark.parametrize("ranges", [None, {"strain": 0.01, "chi": 0.2}])
+def test_without_a_start_it_is_the_librarys(ranges):
+    _, noisy, _ = draw(RING, 50, 6000, seed=36)
+    noisy[0] = 0
+    noisy = noisy.astype(float)
+    noisy[1, 30, 30] = np.nan
+    found = refine(noisy, None, RING, ranges=ranges)
+    start = library_search(np.nan_to_num(noisy), RING, ranges=ranges)
+    for name, values in refine(noisy, start, RING).columns().items():
+        np.testing.assert_array_equal(getattr(found, name), values)
 
 
 # ------------------------------------------------------------------ masks and bad patterns

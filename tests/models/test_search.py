@@ -1,8 +1,10 @@
+import logging
+
 import numpy as np
 import pytest
 
 from nanobeam_bluesky.geometry import Geometry, RectangularPupil
-from nanobeam_bluesky.models import Estimates, Flag, library_search, refine
+from nanobeam_bluesky.models import Estimates, Flag, library_search, refine, search
 from nanobeam_bluesky.physics import forward
 
 BLURRED = Geometry.published().model_copy(update={"pupil_blur_px": 0.5})
@@ -49,3 +51,37 @@ def test_a_very_thin_film_and_nonsense_are_flagged_and_raise_nothing():
     found = refine(nonsense, library_search(nonsense, geometry), geometry)
     assert (found.flags > 0).all()
     assert (found.flags & (Flag.MISFIT | Flag.FEW_COUNTS | Flag.NOT_CONVERGED) > 0).all()
+
+
+def test_ranges_say_how_far_the_library_reaches():
+    ranges = {"strain": 0.01, "omega": 0.08, "chi": 0.16}
+    far = np.array([[0.008, 0.02, 0.1], [-0.008, 0.065, -0.15]])
+    counts = np.random.default_rng(7).poisson(30 * forward(*far.T, BLURRED))
+    found = library_search(counts, BLURRED, ranges=ranges)
+    for i, (name, step) in enumerate((("strain", 0.0025), ("omega", 0.0095), ("chi", 0.034))):
+        assert np.abs(getattr(found, name) - far[:, i]).max() < step, name
+
+
+def test_a_library_that_would_be_too_large_has_wider_steps(monkeypatch, caplog):
+    geometry = BLURRED.model_copy(update={"thickness_nm": 30.0})
+    monkeypatch.setattr(search, "_LARGEST", 300 * 64 * 64)
+    with caplog.at_level(logging.WARNING, "nanobeam_bluesky"):
+        library = search._library(geometry, tuple(RANGES))
+    assert "would hold 637 patterns of 64 × 64 pixels" in caplog.text
+    assert 100 < len(library.logarithms) <= 300
+    np.testing.assert_allclose(library.parameters.max(axis=0), RANGES)
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_masked_pixels_are_not_compared(each):
+    truth, counts = draw(BLURRED, 60, 6000, seed=8)
+    mask = np.zeros(counts.shape if each else (64, 64), np.bool_)
+    mask[..., 20:28] = True
+    mask[..., 40, 33] = True
+    hidden = np.where(mask, np.float32(1e4), counts)
+    found = library_search(hidden, BLURRED, mask=mask)
+    for i, (name, step) in enumerate((("strain", 0.0025), ("omega", 0.0084), ("chi", 0.034))):
+        assert np.abs(getattr(found, name) - truth[:, i]).max() < step, name
+        np.testing.assert_array_equal(
+            getattr(library_search(counts, BLURRED, mask=mask), name), getattr(found, name)
+        )
