@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -16,14 +16,20 @@ from nanobeam_bluesky.geometry import Geometry
 from nanobeam_bluesky.models.correlation import RANGES, correlation_fit, default_library
 from nanobeam_bluesky.models.estimates import DEFAULT_FIT, MIN_COUNTS, Estimates, Flag
 from nanobeam_bluesky.models.networks import outputs, pick_device
+from nanobeam_bluesky.models.reduced import (
+    LIMITS,
+    OutsideEnvelopeError,
+    Reduced,
+    envelope_ranges,
+)
 from nanobeam_bluesky.models.refinement import check, refine_checked
-from nanobeam_bluesky.models.search import library_search
 from nanobeam_bluesky.models.store import (
     Card,
     ModelNotFoundError,
     ModelRefusedError,
     ModelStore,
 )
+from nanobeam_bluesky.models.universal import ReducedNet, universal_network
 
 __all__ = ["Analyzer"]
 
@@ -37,6 +43,8 @@ CORRELATION_STEPS = 21
 BEYOND_SIGMA = 3.0
 """How far out of the range an estimate must lie to be flagged, σ: at the very edge every
 other pattern would be, otherwise."""
+UNSURE = 0.2
+"""σ, as a part of the range, from which a network alone has not found anything."""
 
 logger = logging.getLogger("nanobeam_bluesky")
 
@@ -48,8 +56,17 @@ class Analyzer:
     ----------
     geometry
         The geometry.
-    network, card
-        A trained network and its card; a library without.
+    network
+        Gives first estimates; a library does without.
+    card
+        Of a network that was trained for this geometry.
+    ranges
+        Half-ranges of strain, omega (deg), chi (deg) and perhaps thickness (nm); the card's, or
+        the published ones, if absent.
+    reduced
+        Of the shipped network: its ranges are in reduced coordinates.
+    start
+        Provenance of the first estimates.
     fit
         What `refine` takes as unknown; no refinement without.
     device
@@ -62,13 +79,19 @@ class Analyzer:
         *,
         network: torch.nn.Module | None = None,
         card: Card | None = None,
+        ranges: Mapping[str, float] | None = None,
+        reduced: Reduced | None = None,
+        start: Mapping[str, Any] | None = None,
         fit: Sequence[str] = (),
         device: str = "cpu",
     ) -> None:
         self.geometry = geometry
         self.card = card
+        self.ranges = dict(ranges or (card.ranges if card else RANGES))
         self.fit = tuple(fit)
         self.device = device
+        self.start = dict(start or {})
+        self._reduced = reduced
         self._network = None if network is None else network.to(device).eval()
         mask = geometry.pattern_mask
         self._mask = mask if mask.any() else None
@@ -81,6 +104,7 @@ class Analyzer:
         geometry: Geometry,
         *,
         method: Method = "refine",
+        universal: bool = True,
         fit: Sequence[str] = DEFAULT_FIT,
         store: ModelStore | None = None,
         device: str = "auto",
@@ -92,9 +116,12 @@ class Analyzer:
         geometry
             The geometry.
         method
-            "refine": maximum likelihood, started by the network of this geometry, or of the
-            same without blur, or by `library_search` where none is trained. "network": the
-            network alone. "correlation": the correlation fit alone.
+            "refine": maximum likelihood, started by the network that was trained for this
+            geometry, or else by the shipped one for every geometry, or by `library_search`
+            outside its envelope. "network": the network alone. "correlation": the
+            correlation fit alone.
+        universal
+            Whether the shipped network may be used.
         fit
             What `refine` takes as unknown, e.g. "thickness" too.
         store
@@ -104,45 +131,66 @@ class Analyzer:
 
         Raises
         ------
-        ModelNotFoundError, ModelRefusedError
-            If the method is "network" and there is none, or not a sound one.
+        ModelNotFoundError
+            If the method is "network" and there is none for this geometry; says why.
+        ModelRefusedError
+            If the method is "network" and the stored one is not sound.
         """
         if method not in get_args(Method):
             raise ValueError(f"method = {method!r} must be one of {get_args(Method)}")
         if method == "correlation":
             return cls(geometry)
-        store = store or ModelStore()
         device = pick_device(device)
-        if method == "network":
-            network, card = store.load(geometry)
-            return cls(geometry, network=network, card=card, device=device)
-        for blur in dict.fromkeys((geometry.pupil_blur_px, 0.0)):
-            near = geometry.model_copy(update={"pupil_blur_px": blur})
+        fit = fit if method == "refine" else ()
+        try:
+            network, card = (store or ModelStore()).load(geometry)
+        except (ModelNotFoundError, ModelRefusedError) as error:
+            missing = error
+        else:
+            start = {"start": "network", "architecture": card.architecture} | {
+                "weights_hash": card.sha256
+            }
+            return cls(
+                geometry,
+                network=network,
+                card=card,
+                start=start,
+                fit=fit,
+                device=device,
+            )
+        if isinstance(missing, ModelRefusedError):
+            if method == "network":
+                raise missing
+            logger.warning("%s; not used", missing)
+        reason = str(missing)
+        if universal:
             try:
-                network, card = store.load(near)
-            except ModelNotFoundError:
-                continue
-            except ModelRefusedError as error:
-                logger.warning("%s; starting from the library", error)
-                break
-            return cls(geometry, network=network, card=card, fit=fit, device=device)
-        return cls(geometry, fit=fit)
+                shipped, reduced, digest = universal_network(geometry)
+            except OutsideEnvelopeError as error:
+                reason = f"the shipped network does not know this geometry: {error}"
+                logger.warning("%s; starting from a library", reason)
+            else:
+                return cls(
+                    geometry,
+                    network=shipped,
+                    ranges=envelope_ranges(reduced),
+                    reduced=reduced,
+                    start={"start": "universal", "weights_hash": digest},
+                    fit=fit,
+                    device=device,
+                )
+        if method == "network":
+            raise ModelNotFoundError(f"{missing}; {reason}") from missing
+        return cls(geometry, start={"start": "library", "reason": reason}, fit=fit)
 
     @property
     def settings(self) -> dict[str, Any]:
         """Provenance: what determines the results, beside geometry and patterns."""
-        start = {"start": "library"}
-        if self.card is not None:
-            start = {
-                "start": "network",
-                "architecture": self.card.architecture,
-                "weights_hash": self.card.sha256,
-            }
         if self.fit:
-            return {"method": "refine", "fit": list(self.fit)} | start
-        if self.card is None:
+            return {"method": "refine", "fit": list(self.fit)} | self.start
+        if self._network is None:
             return {"method": "correlation", "steps": CORRELATION_STEPS}
-        return {"method": start.pop("start")} | start
+        return {"method": "network"} | self.start
 
     def process(self, patterns: NDArray[Any]) -> Estimates:
         """Estimate strain and tilts.
@@ -159,8 +207,9 @@ class Analyzer:
             n points. Flags: MISFIT where a pixel is negative or not finite (no values), else
             as of `refine`; FEW_COUNTS below `MIN_COUNTS` counts; OUT_OF_RANGE where an
             estimate lies 3 σ out of the network's or the library's range. Without refinement
-            σ is the network's error at these counts, as measured on patterns that it was not
-            trained on; the correlation fit has none.
+            σ is the network's own, or its error at these counts as measured on patterns that
+            it was not trained on, and NOT_CONVERGED where that is a fifth of the range; the
+            correlation fit has none.
 
         Raises
         ------
@@ -173,28 +222,32 @@ class Analyzer:
             shown = np.where(broken[:, None, None], np.float32(0), shown)
         if self._mask is not None:
             shown = shown[:, *self._nearest]
-        estimates = self._start(shown)
         if self.fit:
-            estimates = refine_checked(checked, estimates, self.geometry, self.fit, self._mask)
+            first = None if self._network is None else self._first(shown)
+            estimates = refine_checked(
+                checked, first, self.geometry, self.fit, self._mask, self.ranges
+            )
             flags = estimates.flags
         else:
-            flags = np.where(checked.total < MIN_COUNTS, int(Flag.FEW_COUNTS), 0)
-            estimates = replace(estimates, counts=checked.total)
-            if self.card is not None:
+            estimates = replace(self._first(shown), counts=checked.total)
+            if self.card is not None and not isinstance(self._network, ReducedNet):
                 estimates = self._with_sigma(estimates, self.card)
+            flags = np.where(checked.total < MIN_COUNTS, int(Flag.FEW_COUNTS), 0)
+            unsure = _unsure(estimates, self.ranges)
+            flags |= np.where(unsure & (flags == 0), int(Flag.NOT_CONVERGED), 0)
         blank = (flags & Flag.FEW_COUNTS) > 0
         flags = flags | np.where(self._outside(estimates) & ~blank, int(Flag.OUT_OF_RANGE), 0)
         estimates = replace(estimates, flags=flags.astype(np.int64))
         return estimates.put(broken, Estimates.empty(int(broken.sum()), Flag.MISFIT))
 
-    def _start(self, patterns: NDArray[np.float32]) -> Estimates:
-        if self._network is None and self.fit:
-            return library_search(patterns, self.geometry)
+    def _first(self, patterns: NDArray[np.float32]) -> Estimates:
         if self._network is None:
             library = default_library(self.geometry, CORRELATION_STEPS)
             return correlation_fit(patterns, self.geometry, library=library)
         n = len(patterns)
-        names = outputs(self.card.ranges if self.card else ())
+        names = outputs(self.ranges)
+        if isinstance(self._network, ReducedNet):
+            names = (*names, *(f"{name}_sigma" for name in names))
         found = np.empty((n, len(names)))
         with torch.inference_mode():
             for first in range(0, n, BATCH):
@@ -207,8 +260,10 @@ class Analyzer:
         return replace(Estimates.empty(n), **columns)
 
     def _outside(self, estimates: Estimates) -> NDArray[np.bool_]:
+        if self._reduced is not None:
+            return self._outside_envelope(estimates, self._reduced)
         outside = np.zeros(len(estimates), dtype=bool)
-        for name, limit in (RANGES if self.card is None else self.card.ranges).items():
+        for name, limit in self.ranges.items():
             middle = 0.0
             if name == "thickness":
                 if self.fit and name not in self.fit:
@@ -216,6 +271,21 @@ class Analyzer:
                 middle = self.geometry.thickness_nm
             tolerance = BEYOND_SIGMA * np.nan_to_num(getattr(estimates, f"{name}_sigma"))
             outside |= ~(np.abs(getattr(estimates, name) - middle) <= limit + tolerance)
+        return outside
+
+    @staticmethod
+    def _outside_envelope(estimates: Estimates, reduced: Reduced) -> NDArray[np.bool_]:
+        values = [np.nan_to_num(getattr(estimates, name)) for name in RANGES]
+        sigma = [np.nan_to_num(getattr(estimates, f"{name}_sigma")) for name in RANGES]
+        nominal = reduced.labels(*values)
+        variance = np.zeros_like(nominal)
+        for k in range(len(values)):
+            moved = [
+                v + s if i == k else v for i, (v, s) in enumerate(zip(values, sigma, strict=True))
+            ]
+            variance += np.square(reduced.labels(*moved) - nominal)
+        beyond = np.abs(nominal) > np.array(LIMITS) + BEYOND_SIGMA * np.sqrt(variance)
+        outside: NDArray[np.bool_] = beyond.any(axis=1)
         return outside
 
     @staticmethod
@@ -229,3 +299,11 @@ class Analyzer:
             below = np.maximum(levels[0] - log_counts, 0) / 2
             sigma[f"{name}_sigma"] = np.exp(np.interp(log_counts, levels, errors) + below)
         return replace(estimates, **sigma)
+
+
+def _unsure(estimates: Estimates, ranges: Mapping[str, float]) -> NDArray[np.bool_]:
+    """Whether a network says itself that it has found nothing, (n,)."""
+    unsure = np.zeros(len(estimates), dtype=bool)
+    for name, limit in ranges.items():
+        unsure |= getattr(estimates, f"{name}_sigma") > UNSURE * limit
+    return unsure

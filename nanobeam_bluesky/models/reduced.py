@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanobeam_bluesky.geometry import HC_KEV_ANGSTROM, Geometry, RectangularPupil, ZonePlate
-from nanobeam_bluesky.physics.continuous import ContinuousPlan, continuous_plan
+from nanobeam_bluesky.physics.continuous import ContinuousPlan, continuous_plan, shifts
 
 __all__ = [
     "CONDITIONS",
@@ -70,6 +70,13 @@ class Reduced(NamedTuple):
         """shift_x, shift_y (pixels) and dq (Å⁻¹) of labels (n, 3) in `units`."""
         x, y, e = (labels * self.units).T
         return x, y, (e + x) * self.slope - self.offset
+
+    def labels(
+        self, strain: NDArray[np.float64], omega: NDArray[np.float64], chi: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Labels (n, 3) of strain, ω and χ (deg): undoes `shifts` and `angles`."""
+        x, y, dq = shifts(self.plan, strain, omega, chi)
+        return np.stack([x, y, (dq + self.offset) / self.slope - x], 1) / self.units
 
 
 def reduce_geometry(geometry: Geometry) -> Reduced:
@@ -122,11 +129,15 @@ def reduce_geometry(geometry: Geometry) -> Reduced:
 
 
 def envelope_ranges(reduced: Reduced) -> dict[str, float]:
-    """Half-ranges of strain, omega (deg) and chi (deg) that the shipped network knows."""
+    """Half-ranges of strain, omega (deg) and chi (deg) that hold all the shipped network knows.
+
+    A film that is rocked off its Bragg condition has it in the middle of the pupil at another
+    strain than 0.
+    """
     plan = reduced.plan
     x, y, e = reduced.units * LIMITS
     return {
-        "strain": float(e * reduced.slope / plan.g),
+        "strain": float((e * reduced.slope + abs(reduced.offset)) / plan.g),
         "omega": math.degrees(x / (plan.g * plan.omega_px)),
         "chi": math.degrees(y / (plan.g * plan.chi_px)),
     }
