@@ -285,8 +285,7 @@ class Analyzer:
             ]
             variance += np.square(reduced.labels(*moved) - nominal)
         beyond = np.abs(nominal) > np.array(LIMITS) + BEYOND_SIGMA * np.sqrt(variance)
-        outside: NDArray[np.bool_] = beyond.any(axis=1)
-        return outside
+        return np.asarray(beyond.any(axis=1))
 
     @staticmethod
     def _with_sigma(estimates: Estimates, card: Card) -> Estimates:
