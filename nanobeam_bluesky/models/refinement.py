@@ -8,7 +8,7 @@ the coordinates in which a pattern is simplest: where the pupil lies on the dete
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -67,6 +67,9 @@ _THICKNESS_OFF = 0.1  # … where it also is off by this part
 _MODEL_ERROR = 0.05  # no misfit below this root mean square error of the model
 
 _JUMP = 8.0  # farther from the start, in σ of both, is no surprise only for a bad start
+_WIDE_PX = 0.25  # σ of shift_x from which the likelihood may have other maxima along it
+_ASIDE = (-2, -1, 1, 2)  # where to look for them, in steps …
+_ASIDE_PX = 2.5  # … of 3 σ, but at least this
 _CLOSE_CALL = 10.0  # log likelihood by which the library's first choice must lead the second
 
 
@@ -191,6 +194,11 @@ def refine_checked(
         begin, reach, _ = _begin(other, plan, "thickness" in fit)
         _keep_better(fitted, fit_from(begin, reach, which), which)
         estimates = _estimates(fitted, plan, fit, total, lit, start)
+    spread = np.sqrt(fitted.covariance[:, _X, _X])
+    which = np.flatnonzero(lit & fitted.converged & (spread > _WIDE_PX))
+    if len(which):
+        _look_aside(fitted, fit_from, which, 4 if "thickness" in fit else 3)
+        estimates = _estimates(fitted, plan, fit, total, lit, start)
     flags = estimates.flags | np.where(checked.fractional, int(Flag.MISFIT), 0)
     estimates = replace(estimates, flags=flags)
     return estimates.put(broken, Estimates.empty(int(broken.sum()), Flag.MISFIT))
@@ -247,6 +255,56 @@ def _keep_better(fitted: Fitted, other: Fitted, which: NDArray[np.intp]) -> None
         ours[which[better]] = theirs[better]
 
 
+def _look_aside(
+    fitted: Fitted,
+    fit_from: Callable[[Floats, Floats, Any], Fitted],
+    which: NDArray[np.intp],
+    parameters: int,
+) -> None:
+    """Look for other maxima of the patterns `which` beside the one found, and count them in.
+
+    A thick film's light may not reach the ends of the pupil. Then dq is well known, shift_x is
+    not, and the likelihood along it may have several maxima: the highest one counts, and the
+    others widen its σ by their distance, each by its likelihood.
+    """
+    found = [
+        Fitted(
+            fitted.values[which],
+            fitted.covariance[which],
+            fitted.quality[which],
+            fitted.converged[which],
+        )
+    ]
+    sigma = np.sqrt(found[0].covariance[:, _X, _X])
+    for side in _ASIDE:
+        begin = found[0].values[:, :parameters].copy()
+        begin[:, _X] += side * np.maximum(3 * sigma, _ASIDE_PX)
+        found.append(fit_from(begin, _longest(len(which)), which))
+    deviance = np.stack([f.quality[:, 0] for f in found])
+    deviance[~np.stack([f.converged for f in found])] = np.inf
+    best = deviance.argmin(axis=0)
+    every = np.arange(len(which))
+    for i, column in enumerate(fitted):
+        column[which] = np.stack([f[i] for f in found])[best, every]
+    places = np.stack([f.values for f in found])
+    away = places - places[best, every]
+    # the same maximum may have been found several times: its first finding counts
+    apart = np.abs(places[:, None, :, _X] - places[None, :, :, _X]) > sigma
+    lowest = deviance[best, every]
+    weight = np.exp(-0.5 * (deviance - lowest))
+    for j in range(len(found)):
+        weight[j, (~apart[j, :j] & (weight[:j] > 0)).any(axis=0)] = 0
+    weight /= weight.sum(axis=0)
+    known = np.diagonal(fitted.covariance[which], axis1=1, axis2=2) > 0
+    away *= known
+    fitted.covariance[which] += np.einsum("jn,jna,jnb->nab", weight, away, away)
+
+
+def _longest(n: int) -> Floats:
+    """The longest first steps that are allowed, (n, 3)."""
+    return np.tile((_STEP_PX, _STEP_PX, _STEP_FRINGE), (n, 1))
+
+
 def fit_shifts(
     counts: NDArray[np.float32],
     start: Floats,
@@ -282,7 +340,7 @@ def fit_shifts(
     free[_BACKGROUND] = "background" in fit
     n = len(counts)
     if reach is None:
-        reach = np.tile((_STEP_PX, _STEP_PX, _STEP_FRINGE), (n, 1))
+        reach = _longest(n)
     values = np.zeros((n, _P))
     values[:, _THICKNESS] = plans[0].thickness
     values[:, : start.shape[1]] = start
