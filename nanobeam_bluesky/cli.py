@@ -80,6 +80,16 @@ def demo(
     phantom: Annotated[
         str, typer.Option(help="The sample: figure3 (of the paper), film or unique.")
     ] = "figure3",
+    random_geometry: Annotated[
+        bool,
+        typer.Option(
+            "--random-geometry",
+            help="Draw energy, distance, optics and film; map with no preparation.",
+        ),
+    ] = False,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the random geometry; drawn, and printed, if absent.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for runs and figure.")] = Path("nanobeam-demo"),
     show: Annotated[bool, typer.Option(help="Open a window with the maps.")] = False,
     keep_serving: Annotated[
@@ -91,8 +101,21 @@ def demo(
         from nanobeam_bluesky.demo import run_demo
     except ImportError as error:
         _stop(f"{error}: the demo needs pip install 'nanobeam-bluesky[sim,tiled]'", code=2)
+    if seed is not None and not random_geometry:
+        _stop("--seed is that of --random-geometry, which is missing", code=2)
+    if random_geometry and seed is None:
+        seed = int(np.random.default_rng().integers(1_000_000))
     try:
-        ok = run_demo(shape, counts, phantom, out, console, show=show, keep_serving=keep_serving)
+        ok = run_demo(
+            shape,
+            counts,
+            phantom,
+            out,
+            console,
+            random_seed=seed,
+            show=show,
+            keep_serving=keep_serving,
+        )
     except ValueError as error:
         _stop(str(error), code=2)
     raise typer.Exit(0 if ok else 1)

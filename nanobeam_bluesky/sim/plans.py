@@ -107,7 +107,8 @@ def _start(sxdm: SimulatedSXDM | EmbeddedSXDM, *, snake: bool, dwell_s: float) -
 
 def _geometry(sxdm: SimulatedSXDM | EmbeddedSXDM) -> dict[str, Any]:
     """Return the geometry as the `default` preset reads it, without what follows from it."""
-    block = sxdm.geometry.model_dump(mode="json", exclude_defaults=True)
+    # what `Geometry` has chosen is unset: the reader chooses the same
+    block = sxdm.geometry.model_dump(mode="json", exclude_defaults=True, exclude_unset=True)
     if sxdm.baseline or "energy_keV" in block:
         block.pop("wavelength_angstrom")
     if sxdm.baseline:

@@ -307,3 +307,16 @@ def test_documents_come_during_the_flight(
     RE.subscribe(lambda name, doc: flying.append(not sxdm.complete().done), "stream_datum")
     RE(sxdm_fly(sxdm, dwell_s=0.02, flush_period=0.05))
     assert flying[0] and not flying[-1]
+
+
+def test_binning_and_roi_that_were_chosen_are_left_to_the_reader(
+    RE: RunEngine, of: Of, tmp_path: Path
+) -> None:
+    fitted = {"wavelength_angstrom", "binning", "roi_shape"}
+    given = Geometry.model_validate(
+        Geometry.published().model_dump(exclude=fitted, exclude_none=True)
+    )
+    RE(sxdm_fly(SimulatedSXDM(phantom("film", (2, 3)), given, tmp_path, energy_in="start")))
+    (start,) = of("start")
+    assert not fitted & start["nanobeam"].keys()
+    assert Geometry.from_start(start).fingerprint() == given.fingerprint()
