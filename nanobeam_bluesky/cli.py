@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import sys
 import tomllib
+from collections.abc import Sequence
 from enum import StrEnum
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -25,7 +27,7 @@ from rich.table import Table
 from nanobeam_bluesky.geometry import Geometry, GeometryError
 
 if TYPE_CHECKING:
-    from nanobeam_bluesky.models import Card
+    from nanobeam_bluesky.models import Accuracy, Card
 
 __all__ = ["app"]
 
@@ -144,13 +146,17 @@ def train(
         typer.Option(help="Thickness as fourth result, up to this off the geometry's, nm.", min=0),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Length of the training; 6000 by default.", min=1)
+        int | None,
+        typer.Option(help="Length of the training; a minute on two cores by default.", min=1),
     ] = None,
     seconds: Annotated[float | None, typer.Option(help="Or its time, s.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Of noise and initial weights.")] = 0,
     store: Store = None,
 ) -> None:
-    """Train the network of one geometry; the next scan with this geometry finds it."""
+    """Specialise the shipped network to one geometry; the next scan with this geometry finds it.
+
+    Where the shipped network is of no use, one is trained from scratch, and the reason given.
+    """
     chosen = _geometry(start, geometry, preset)
 
     from nanobeam_bluesky.models import ModelStore
@@ -182,11 +188,14 @@ def train(
             _stop(str(error), code=2)
     stored = ModelStore(store)
     stored.save(network, card)
-    console.print(_accuracy(card))
-    took = card.training["seconds"]
+    specialised = card.training["start"] == "universal"
+    console.print(_accuracy(card, _shipped_accuracy(card) if specialised else ()))
+    how = "specialised from the shipped network" if specialised else "trained from scratch"
+    if "reason" in card.training:
+        _say(f"from scratch, because {card.training['reason']}")
     _say(
-        f"{card.architecture} for geometry {card.fingerprint}, trained in {took} s, between grid "
-        f"points; stored in {stored.root}"
+        f"{card.architecture} for geometry {card.fingerprint}, {how} in "
+        f"{card.training['seconds']} s, between grid points; stored in {stored.root}"
     )
 
 
@@ -427,16 +436,28 @@ _SYMBOLS = {
 }
 
 
-def _accuracy(card: Card) -> Table:
-    """Errors and bounds of a network, by count level."""
-    table = Table("counts", "", "RMSE", "Cramér-Rao bound", "ratio")
-    for level in card.accuracy:
+def _accuracy(card: Card, before: Sequence[Accuracy] = ()) -> Table:
+    """Errors and bounds of a network, by count level; and errors over bounds of another."""
+    table = Table("counts", "", "RMSE", "Cramér-Rao bound", "ratio", *["before"] * bool(before))
+    for level, other in zip_longest(card.accuracy, before):
         for name, rmse in level.rmse.items():
             symbol, unit = _SYMBOLS[name]
             bound = level.bound[name]
-            texts = (f"{rmse:.2e}{unit}", f"{bound:.2e}{unit}", f"{rmse / bound:.2f}")
+            texts = [f"{rmse:.2e}{unit}", f"{bound:.2e}{unit}", f"{rmse / bound:.2f}"]
+            if other is not None:
+                texts.append(f"{other.rmse[name] / bound:.2f}")
             table.add_row(f"{level.counts:.0f}" if name == "strain" else "", symbol, *texts)
     return table
+
+
+def _shipped_accuracy(card: Card) -> list[Accuracy]:
+    """Of the shipped network, at the levels of a card."""
+    from nanobeam_bluesky.models.universal import universal_network
+    from nanobeam_bluesky.training import evaluate
+
+    network = universal_network(card.geometry)[0]
+    levels = [level.counts for level in card.accuracy]
+    return [evaluate(network, card.geometry, ranges=card.ranges, counts=c) for c in levels]
 
 
 def _from_start(path: Path, preset: str) -> Geometry:

@@ -180,6 +180,7 @@ def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
             send(answers, _open(processor, message))
         elif kind == "close":
             processor.close(message["run"])
+    processor.shutdown()
 
 
 def _open(processor: Processor, message: Message) -> Message:

@@ -78,16 +78,19 @@ class NanobeamCallback:
     Parameters
     ----------
     analyzer
-        "auto" or "refine" (maximum likelihood, started by the trained network where there is
-        one), "network" or "correlation" (these alone).
+        "auto" or "refine" (maximum likelihood, started by a network), "network" or
+        "correlation" (these alone).
     preset
         Where a run's geometry is: the name of a shipped preset, a path, or a `Preset`.
         Runs that it does not match are ignored.
     roi
         Region of interest instead of the geometry's own.
     on_missing_model
-        Without a trained network: "fit" starts from a library, "skip" closes the
-        derived run with the reason.
+        Where no network was trained for the geometry: "universal" takes the shipped one for
+        every geometry, or a library outside its envelope; "fit" starts from a library; "train"
+        is as "universal", and trains one in a background process that gives way to everything
+        else and ends with this callback, for the next scan; "skip" closes the derived run with
+        the reason.
     fit
         What is unknown: strain, tilts, scale and background, or with "thickness" and "blur".
     calibrate
@@ -108,7 +111,7 @@ class NanobeamCallback:
         *,
         preset: Preset | str | Path = "default",
         roi: ROI | None = None,
-        on_missing_model: MissingModel = "fit",
+        on_missing_model: MissingModel = "universal",
         fit: Sequence[str] = DEFAULT_FIT,
         calibrate: bool = False,
         device: str = "auto",

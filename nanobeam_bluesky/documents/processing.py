@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +24,10 @@ if TYPE_CHECKING:
 __all__ = ["AnalyzerChoice", "Processed", "Processor", "Task"]
 
 Method = Literal["auto", "refine", "network", "correlation"]
-MissingModel = Literal["fit", "skip"]
+MissingModel = Literal["universal", "fit", "train", "skip"]
+
+TRAINING = (sys.executable, "-m", "nanobeam_bluesky.training")
+"""The command that trains in the background."""
 
 logger = logging.getLogger("nanobeam_bluesky")
 
@@ -31,9 +38,10 @@ class AnalyzerChoice:
 
     method: Method = "auto"
     """"auto" and "refine" (maximum likelihood), "network" or "correlation"."""
-    on_missing_model: MissingModel = "fit"
-    """"fit" (refine from a library) or "skip" (no derived points) where no network
-    is trained."""
+    on_missing_model: MissingModel = "universal"
+    """Where no network is trained for the geometry: "universal" (the shipped network, or outside
+    its envelope a library), "fit" (refine from a library), "train" (as "universal", and meanwhile
+    a process in the background trains one for the next scan) or "skip" (no derived points)."""
     fit: tuple[str, ...] = DEFAULT_FIT
     """What `refine` takes as unknown."""
     calibrate: bool = False
@@ -52,7 +60,13 @@ class AnalyzerChoice:
         from nanobeam_bluesky.models import Analyzer, ModelStore
 
         method = "refine" if self.method == "auto" else self.method
-        analyzer = Analyzer.for_geometry(geometry, method=method, fit=self.fit, device=self.device)
+        analyzer = Analyzer.for_geometry(
+            geometry,
+            method=method,
+            universal=self.on_missing_model in ("universal", "train"),
+            fit=self.fit,
+            device=self.device,
+        )
         if method == "refine" and analyzer.card is None and self.on_missing_model == "skip":
             ModelStore().load(geometry)  # raises, and says why
         return analyzer
@@ -110,6 +124,44 @@ class Processed:
         )
 
 
+class _Training:
+    """Trains networks in the background, one at a time, each geometry once.
+
+    In a process of its own, which gives way to everything else and ends with this one.
+    """
+
+    def __init__(self) -> None:
+        self._begun: set[str] = set()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def begin(self, geometry: Geometry) -> None:
+        """Train for a geometry, unless that was begun before or another one is at work."""
+        fingerprint = geometry.fingerprint()
+        if fingerprint in self._begun or (self._process and self._process.poll() is None):
+            return
+        self.end()
+        self._begun.add(fingerprint)
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        try:
+            self._process = process = subprocess.Popen(
+                TRAINING, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=os.environ | threads
+            )
+            os.setpriority(os.PRIO_PROCESS, process.pid, 19)
+            assert process.stdin is not None
+            process.stdin.write(geometry.model_dump_json(exclude_none=True).encode() + b"\n")
+            process.stdin.flush()  # and stays open: its end tells that we have ended
+        except OSError as error:
+            logger.warning("geometry %s: no network can be trained: %s", fingerprint, error)
+
+    def end(self) -> None:
+        """End what still trains; it is not taken up again."""
+        if self._process is not None:
+            self._process.kill()
+            with contextlib.suppress(OSError):
+                self._process.communicate()
+            self._process = None
+
+
 class Processor:
     """Runs tasks of any number of runs; keeps their analyzers and open files.
 
@@ -119,18 +171,29 @@ class Processor:
     def __init__(self) -> None:
         self._runs: dict[str, tuple[Analyzer, FrameReader]] = {}
         self._complained: set[str] = set()
+        self._training = _Training()
 
     def open(self, run: str, geometry: Geometry, choice: AnalyzerChoice) -> dict[str, Any]:
         """Prepare for a run; return the analyzer's settings."""
         analyzer = choice.build(geometry)
         self._runs[run] = (analyzer, FrameReader(geometry))
-        return analyzer.settings
+        settings = analyzer.settings
+        trains = choice.on_missing_model == "train" and not choice.calibrate
+        if trains and settings.get("start", "network") != "network":
+            self._training.begin(geometry)
+        return settings
 
     def close(self, run: str) -> None:
         """Close the run's files."""
         self._complained.discard(run)
         if run in self._runs:
             self._runs.pop(run)[1].close()
+
+    def shutdown(self) -> None:
+        """Close all files and end what trains in the background."""
+        for run in list(self._runs):
+            self.close(run)
+        self._training.end()
 
     def process(self, task: Task) -> Processed:
         """Read and analyse; whatever goes wrong is in the answer."""

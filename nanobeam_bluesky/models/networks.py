@@ -1,8 +1,9 @@
-"""The networks: `NanobeamNN` as published, and `SeparableNet`, the default.
+"""The networks of one geometry: `ReducedNet`, `SeparableNet`, and `NanobeamNN` as published.
 
 Every network is made from a pattern shape, takes counts (n, 1, ny, nx) and returns strain,
 ω (deg) and χ (deg), (n, 3), or also the film's thickness (nm), (n, 4), if it is made with a
-nominal one. How counts and labels are scaled inside is its own affair.
+nominal one; `ReducedNet` (`models.universal`) instead returns a σ of each, (n, 6). How counts
+and labels are scaled inside is its own affair.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nanobeam_bluesky.models.convolutions import apply_network
+from nanobeam_bluesky.models.universal import ReducedNet
 
 __all__ = ["ARCHITECTURES", "NanobeamNN", "SeparableNet", "outputs", "pick_device"]
 
@@ -172,7 +174,8 @@ def _stabilised(counts: Tensor) -> Tensor:
     return torch.sqrt(counts / mean + 1)
 
 
-ARCHITECTURES: dict[str, type[NanobeamNN] | type[SeparableNet]] = {
+ARCHITECTURES: dict[str, type[NanobeamNN] | type[ReducedNet] | type[SeparableNet]] = {
+    "ReducedNet": ReducedNet,
     "SeparableNet": SeparableNet,
     "NanobeamNN": NanobeamNN,
 }

@@ -14,6 +14,7 @@ from nanobeam_bluesky.models.analyzer import Analyzer
 from nanobeam_bluesky.models.correlation import RANGES
 from nanobeam_bluesky.models.networks import outputs
 from nanobeam_bluesky.models.store import Accuracy
+from nanobeam_bluesky.models.universal import ReducedNet
 from nanobeam_bluesky.physics import Sampling, cramer_rao, forward
 from nanobeam_bluesky.training.noise import poisson
 
@@ -85,7 +86,8 @@ def evaluate(
         estimates = estimator.process(noisy)
         found = np.stack([getattr(estimates, name) for name in names], axis=1)
     else:
-        found = _apply(estimator, noisy)[:, : len(names)]
+        known = 3 if isinstance(estimator, ReducedNet) else len(names)  # its own σ follow
+        found = _apply(estimator, noisy)[:, :known]
     error = found - truth[:, : found.shape[1]]  # a network need not give the thickness
     strain, omega, chi, *film = truth[:_BOUNDS].T
     bound = cramer_rao(
@@ -148,7 +150,7 @@ def simulate(
 
 
 def _apply(network: nn.Module, patterns: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Estimates (n, 3 or 4) of a network on the CPU for counts (n, ny, nx)."""
+    """Outputs (n, 3, 4 or 6) of a network on the CPU for counts (n, ny, nx)."""
     with torch.inference_mode():
         parts = [network(part[:, None]) for part in torch.from_numpy(patterns).split(64)]
     return torch.cat(parts).double().numpy()

@@ -83,7 +83,7 @@ def test_compiled_network_does_not_hide_a_pixel_that_is_not_a_number():
     assert torch.isnan(found[1]).all()
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["NanobeamNN", "SeparableNet"])
 @pytest.mark.parametrize("shape", [(64, 64), (36, 80)])
 def test_every_network_takes_rectangular_patterns(name, shape):
     network = ARCHITECTURES[name](shape)
@@ -95,7 +95,13 @@ def test_every_network_takes_rectangular_patterns(name, shape):
     np.testing.assert_allclose(compiled, network(torch.ones(2, 1, *shape)).detach(), atol=1e-5)
 
 
-def test_default_network_takes_the_smallest_pattern_and_an_empty_one():
+def test_network_with_error_bars_does_not_tell_the_thickness():
+    assert ARCHITECTURES["ReducedNet"]((36, 80))(torch.ones(2, 1, 36, 80)).shape == (2, 6)
+    with pytest.raises(ValueError, match="does not tell the thickness; train SeparableNet"):
+        ARCHITECTURES["ReducedNet"]((36, 80), thickness_nm=20.0)
+
+
+def test_separable_network_takes_the_smallest_pattern_and_an_empty_one():
     network = SeparableNet((8, 8))
     network.fit_features(torch.rand(50, 8, 8), torch.ones(3))
     assert torch.isfinite(network(torch.zeros(1, 1, 8, 8))).all()
