@@ -348,7 +348,8 @@ def draw(alone: list[Outcome], refined: list[Outcome], path: str) -> None:
                 ax.set_yticks(ticks := (1, 2, 3, 5, 10, 20), [f"{t:g}" for t in ticks])
             else:
                 low, high = ax.get_ylim()
-                ax.set(xlabel="f·R, a quarter of the fringes in the pupil", ylim=(min(low, 0.85), max(high, 1.2)))
+                ax.set(ylim=(min(low, 0.85), max(high, 1.2)))
+                ax.set_xlabel("f·R, a quarter of the fringes in the pupil")
             ax.set_xticks(ticks := (0.1, 0.3, 1, 3), [f"{t:g}" for t in ticks])
             ax.minorticks_off()
         axes[0].set_ylabel(f"{what}:\nRMSE / Cramér–Rao bound")
