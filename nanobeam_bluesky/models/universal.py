@@ -211,11 +211,15 @@ class ReducedNet(_TwoLooks):
 
     def forward(self, counts: Tensor) -> Tensor:
         """Of counts (n, 1, ny, nx): strain, ω, χ (deg) and their σ, (n, 6)."""
+        return self.both(counts)[1]
+
+    def both(self, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """What the first look finds, and the second, each as of `forward`."""
         first, second = (
             _split(values[None], look.widths)
             for values, look in zip(self.modulated, (self.first, self.second), strict=True)
         )
-        _, labels = self._looks(
+        known, labels = self._looks(
             counts[None, :, 0],
             self.columns[None],
             self.rows[None],
@@ -223,7 +227,7 @@ class ReducedNet(_TwoLooks):
             self.condition[None],
             (first, second),
         )
-        return self._angles(labels[0])
+        return self._angles(known[0]), self._angles(labels[0])
 
     def _angles(self, labels: Tensor) -> Tensor:
         """From `Reduced.units` and log σ, (n, 6), to strain and tilts."""
@@ -233,11 +237,12 @@ class ReducedNet(_TwoLooks):
         moved = e * slope + x * (slope - dq_px) - offset
         strained = g - moved
         per_px = torch.stack([slope / g, 1 / (g * omega_px), 1 / (g * chi_px)])
-        per_px = per_px * torch.tensor([1.0, 180 / torch.pi, 180 / torch.pi])
+        degrees = labels.new_tensor([1.0, 180 / torch.pi, 180 / torch.pi])
+        per_px = per_px * degrees
         found = torch.stack(
             [moved / strained, x / (strained * omega_px), y / (strained * chi_px)], 1
         )
-        found = found * torch.tensor([1.0, 180 / torch.pi, 180 / torch.pi])
+        found = found * degrees
         order = self.units[[2, 0, 1]] * per_px
         sigma = torch.exp(3 * labels[:, [5, 3, 4]].clamp(-6, 3)) * order
         return torch.cat([found, sigma], 1)

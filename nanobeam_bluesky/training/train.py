@@ -214,8 +214,6 @@ def _beginning(
             except OutsideEnvelopeError as error:
                 reason = f"the shipped network does not know this geometry: {error}"
             else:
-                # the first look only finds the pupil; the second is told how well
-                network.first.requires_grad_(False)
                 return network.train(), {"start": "universal", "start_sha256": digest}
         architecture, origin["reason"] = "SeparableNet", reason
     thickness = geometry.thickness_nm if "thickness" in ranges else None
@@ -307,13 +305,13 @@ def _fit(
 
     def loss(network: nn.Module, batch: Batch) -> Tensor:
         counts, labels, weights = (column.to(device) for column in batch)
-        found: Tensor = network(counts)
-        n = labels.shape[1]
-        error = (found[:, :n] - labels) * per_range
-        if not isinstance(network, ReducedNet):
-            return (error.square() * weights).mean()
-        sigma = found[:, n:] * per_range
-        return (torch.log(sigma) + (error / sigma).square() / 2).mean()
+        if isinstance(network, ReducedNet):
+            looks = torch.stack(network.both(counts))
+            sigma = looks[..., 3:] * per_range
+            pull = (looks[..., :3] - labels) * per_range / sigma
+            return (torch.log(sigma) + pull.square() / 2).mean()
+        error: Tensor = (network(counts) - labels) * per_range
+        return (error.square() * weights).mean()
 
     averaged = copy.deepcopy(network).eval()
     optimizer = torch.optim.AdamW(
