@@ -20,7 +20,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -219,7 +218,6 @@ def _median(values: list[Floats]) -> Floats:
 # ------------------------------------------------------------------------ A: the envelope
 
 
-@cache
 def outcomes(geometries: int, patterns: int) -> tuple[list[Outcome], list[Outcome]]:
     """Of the network alone and refined, geometry by geometry, all levels of each."""
     alone, refined = [], []
@@ -330,37 +328,31 @@ def draw(alone: list[Outcome], refined: list[Outcome], path: str) -> None:
     figure, grid = plt.subplots(
         2, 3, figsize=(10.5, 6.2), sharex=True, sharey="row", layout="constrained"
     )
-    rows = ((alone, ALONE, "network alone"), (refined, REFINED, "refined"))
-    for axes, (some, must, what) in zip(grid, rows, strict=True):
+    rows = (
+        (alone, ALONE, "network alone", (1, 2, 3, 5, 10, 20)),
+        (refined, REFINED, "refined", (0.8, 1, 1.2, 1.5, 2, 3, 5)),
+    )
+    for axes, (some, must, what, yticks) in zip(grid, rows, strict=True):
         at = [o for o in some if o.counts == FIGURE_LEVEL]
+        top = max(1.3, 1.1 * np.nanmax([o.ratio for o in at]))
         for k, (ax, name) in enumerate(zip(axes, PARAMETERS, strict=True)):
-            for marker, kind in (("o", "zone_plate"), ("s", "rectangular")):
-                for sharp in (False, True):
-                    dots = [
-                        (o.case.span, o.ratio[k], o.case.reduced.units[0])
-                        for o in at
-                        if o.case.geometry.optics.kind == kind and o.case.sharp == sharp
-                    ]
-                    if not dots:
-                        continue
-                    x, y, size = np.array(dots).T
-                    shown = ax.scatter(
-                        x, y, c=size, marker=marker, s=34, vmin=8, vmax=30, cmap="viridis",
-                        edgecolors="tab:red" if sharp else "0.3",
-                        linewidths=1.6 if sharp else 0.5,
-                    )  # fmt: skip
-            ax.axhline(1, color="0.6", lw=1, zorder=0)
-            ax.axhline(must, color="0.6", lw=1, ls=":", zorder=0)
-            ax.set(xscale="log", xlim=(0.09, 9))
-            if some is alone:
-                ax.set(yscale="log", title=TITLES[name])
-                ax.set_yticks(ticks := (1, 2, 3, 5, 10, 20), [f"{t:g}" for t in ticks])
-            else:
-                low, high = ax.get_ylim()
-                ax.set(ylim=(min(low, 0.85), max(high, 1.2)))
-                ax.set_xlabel("f·R, a quarter of the fringes in the pupil")
+            for o in at:
+                sharp = o.case.sharp
+                shown = ax.scatter(
+                    o.case.span, o.ratio[k], c=o.case.reduced.units[0], s=34, vmin=8, vmax=30,
+                    marker="o" if isinstance(o.case.geometry.optics, ZonePlate) else "s",
+                    edgecolors="tab:red" if sharp else "0.3", linewidths=1.6 if sharp else 0.5,
+                )  # fmt: skip
+            for value, style in ((1, "-"), (must, ":")):
+                ax.axhline(value, color="0.6", lw=1, ls=style, zorder=0)
+            ax.set(xscale="log", xlim=(0.09, 9), yscale="log", ylim=(0.75, top))
             ax.set_xticks(ticks := (0.1, 0.3, 1, 3), [f"{t:g}" for t in ticks])
+            ax.set_yticks(ticks := [t for t in yticks if t < top], [f"{t:g}" for t in ticks])
             ax.minorticks_off()
+            if some is alone:
+                ax.set_title(TITLES[name])
+            else:
+                ax.set_xlabel("f·R, a quarter of the fringes in the pupil")
         axes[0].set_ylabel(f"{what}:\nRMSE / Cramér–Rao bound")
     figure.colorbar(shown, ax=grid, label="half-width R of the pupil along 2θ (binned pixels)",
                     shrink=0.7)  # fmt: skip
@@ -369,7 +361,7 @@ def draw(alone: list[Outcome], refined: list[Outcome], path: str) -> None:
         plt.Line2D([], [], marker="s", ls="", mfc="0.8", mec="0.3", label="rectangular pupil"),
         plt.Line2D([], [], marker="o", ls="", mfc="0.8", mec="tab:red", mew=1.6,
                    label="no blur at all"),
-        plt.Line2D([], [], color="0.6", ls=":", label="must"),
+        plt.Line2D([], [], color="0.6", ls=":", label="goal"),
     ]  # fmt: skip
     figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(path, dpi=110)
