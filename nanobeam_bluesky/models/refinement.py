@@ -70,6 +70,7 @@ _JUMP = 8.0  # farther from the start, in σ of both, is no surprise only for a 
 _WIDE_PX = 0.25  # σ of shift_x from which the likelihood may have other maxima along it
 _ASIDE = (-2, -1, 1, 2)  # where to look for them, in steps …
 _ASIDE_PX = 2.5  # … of 3 σ, but at least this
+_LEAD = 6.0  # deviance by which another must be better: the start knew something, too
 _CLOSE_CALL = 10.0  # log likelihood by which the library's first choice must lead the second
 
 
@@ -282,6 +283,7 @@ def _look_aside(
         found.append(fit_from(begin, _longest(len(which)), which))
     deviance = np.stack([f.quality[:, 0] for f in found])
     deviance[~np.stack([f.converged for f in found])] = np.inf
+    deviance[0] -= _LEAD
     best = deviance.argmin(axis=0)
     every = np.arange(len(which))
     for i, column in enumerate(fitted):
