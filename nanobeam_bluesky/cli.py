@@ -99,12 +99,12 @@ def demo(
     ] = False,
 ) -> None:
     """Fly a simulated scan and map it while it flies."""
+    if seed is not None and not random_geometry:
+        _stop("--seed is that of --random-geometry, which is missing", code=2)
     try:
         from nanobeam_bluesky.demo import run_demo
     except ImportError as error:
         _stop(f"{error}: the demo needs pip install 'nanobeam-bluesky[sim,tiled]'", code=2)
-    if seed is not None and not random_geometry:
-        _stop("--seed is that of --random-geometry, which is missing", code=2)
     if random_geometry and seed is None:
         seed = int(np.random.default_rng().integers(1_000_000))
     try:

@@ -71,6 +71,7 @@ def test_the_demo_maps_records_and_draws(tmp_path):
     ("arguments", "words"),
     [
         (["demo", "--phantom", "moon"], "no phantom 'moon'"),
+        (["demo", "--seed", "3"], "--seed is that of --random-geometry, which is missing"),
         (["train"], "give either --start start.json or --geometry film.toml"),
         (["train", "--geometry", "missing.toml"], "missing.toml"),
         (["calibrate", "--frames", "scan.h5"], "give either --start start.json or --geometry"),
