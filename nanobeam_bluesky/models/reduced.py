@@ -3,7 +3,7 @@
 Measure along 2θ not on the detector but in the pupil, by s of `physics.continuous`, and all
 lengths in half-widths of the pupil. A pattern is then
 
-    I(s, v) = sinc²[f (2s + shift_x + se)] · pupil(s + shift_x, v + shift_y) · ds/dx
+    I(s, v) = sinc²[f (2s + shift_x + se)] · pupil(s + shift_x, v + shift_y) · dx/ds
 
 whatever energy, distance, film and optics: what differs between geometries is the pupil's
 shape, the fringe frequency f and the blur. Source: Luo et al., Sci. Rep. (2025),
@@ -90,7 +90,7 @@ def reduce_geometry(geometry: Geometry) -> Reduced:
     plan = continuous_plan(geometry)
     half_x, half_y, stop_x, stop_y = geometry.pupil_px
     columns = plan.borders[:: plan.per_column]
-    # q₀ against s within the pupil: a parabola to 1e-3 fringes
+    # q₀ against s within the pupil: a parabola to 2e-3 fringes
     s, q = plan.s.ravel() / half_x, plan.q.ravel()
     near = np.abs(s) < 1.5
     near |= near.sum() < 10
@@ -153,7 +153,7 @@ def check_envelope(geometry: Geometry, reduced: Reduced) -> None:
     small, large = sorted((half_x, half_y))
     problems = []
     if large > high * _TOLERANCE:
-        binning = geometry.binning * math.ceil(large / high)
+        binning = math.ceil(geometry.binning * large / high)
         problems.append(
             f"the pupil's half-width is {large:.3g} binned pixels, at most {high:g}: "
             f"binning = {binning} would do"
@@ -185,7 +185,7 @@ def check_envelope(geometry: Geometry, reduced: Reduced) -> None:
     if reduced.fringes * half_x < _FRINGE_SPAN / _TOLERANCE:
         least = geometry.thickness_nm * _FRINGE_SPAN / (reduced.fringes * half_x)
         problems.append(
-            f"the pupil spans {2 * reduced.fringes * half_x:.2g} of a fringe, too little to tell "
+            f"the pupil spans {4 * reduced.fringes * half_x:.2g} of a fringe, too little to tell "
             f"strain well: a film from {least:.3g} nm would do"
         )
     if geometry.pupil_blur_px > _BLUR_PX * _TOLERANCE:

@@ -6,7 +6,6 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ class Card(BaseModel):
 
 
 class ModelStore:
-    """Networks in a folder, those shipped with the package behind them.
+    """Networks in a folder.
 
     Parameters
     ----------
@@ -89,16 +88,10 @@ class ModelStore:
     def __init__(self, root: Path | str | None = None) -> None:
         home = os.environ.get("NANOBEAM_HOME") or user_data_path("nanobeam")
         self.root = Path(root) if root is not None else Path(home) / "models"
-        shipped = files("nanobeam_bluesky.models").joinpath("weights")
-        self._folders = (self.root, Path(str(shipped)))
 
     def paths(self) -> dict[str, Path]:
-        """Cards' files by fingerprint; a user's hides a shipped one."""
-        paths: dict[str, Path] = {}
-        for folder in self._folders:
-            for path in sorted(folder.glob("*.json")):
-                paths.setdefault(path.stem, path)
-        return paths
+        """Cards' files by fingerprint."""
+        return {path.stem: path for path in sorted(self.root.glob("*.json"))}
 
     def find(self, prefix: str) -> str:
         """Return the one fingerprint that begins with some hex digits.
@@ -168,29 +161,23 @@ class ModelStore:
             geometry than their name says.
         """
         fingerprint = geometry.fingerprint()
-        for folder in self._folders:
-            path = folder / f"{fingerprint}.json"
-            if path.is_file():
-                return self._load(path, geometry)
+        path = self.root / f"{fingerprint}.json"
+        if path.is_file():
+            return self._load(path, geometry)
         raise ModelNotFoundError(
-            f"no network is trained for geometry {fingerprint}: looked in "
-            f"{self._places()}; train one with 'nanobeam train'"
+            f"no network is trained for geometry {fingerprint}: looked in {self.root}; train one "
+            "with 'nanobeam train'"
         )
 
     def remove(self, fingerprint: str) -> None:
-        """Delete a network of the user's folder; a shipped one behind it comes back.
+        """Delete a network.
 
         Raises
         ------
         ModelNotFoundError
-            If there is none, or only a shipped one, which cannot be removed.
+            If there is none.
         """
         path = self._path(fingerprint)
-        if path.parent != self.root:
-            raise ModelNotFoundError(
-                f"network {fingerprint} is shipped with the package and cannot be removed; one "
-                f"of your own in {self.root} would take its place"
-            )
         path.unlink()
         path.with_suffix(".safetensors").unlink(missing_ok=True)
 
@@ -198,11 +185,8 @@ class ModelStore:
         # looked up, not made of the name: no name leads out of the folders
         paths = self.paths()
         if fingerprint not in paths:
-            raise ModelNotFoundError(f"no network {fingerprint!r} in {self._places()}")
+            raise ModelNotFoundError(f"no network {fingerprint!r} in {self.root}")
         return paths[fingerprint]
-
-    def _places(self) -> str:
-        return " and ".join(map(str, self._folders))
 
     def _card(self, path: Path) -> Card:
         try:

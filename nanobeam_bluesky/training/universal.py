@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
@@ -42,7 +43,6 @@ BACKGROUND = 0.2
 """Largest background, counts per binned pixel; four patterns in ten have none."""
 
 _SIZE = 84  # largest pattern, pixels
-_GEOMETRIES = 384  # at a time
 _OF_EACH = 32
 _BATCH = (16, 16)  # geometries, patterns of each
 _MARGIN = 1.1  # beyond the ranges
@@ -70,7 +70,7 @@ class _Batch(NamedTuple):
 class _Patterns:
     """Geometries that come and go, and batches with fresh noise from them."""
 
-    def __init__(self, seed: int, geometries: int = _GEOMETRIES) -> None:
+    def __init__(self, seed: int, geometries: int) -> None:
         self._rng = np.random.default_rng(seed)
         n, m = geometries, _OF_EACH
         self._patterns = np.zeros((n, m, _SIZE, _SIZE), np.float32)  # of unit sum
@@ -225,8 +225,20 @@ def _loss(out: Tensor, batch: _Batch) -> Tensor:
     return (loss + 0.2 * surprise)[known].mean()
 
 
-def train_universal(folder: Path, *, steps: int, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Train, or go on from the folder's checkpoint; yields how it stands every 1000 steps."""
+def train_universal(
+    folder: Path, *, steps: int, seed: int = 0, geometries: int = 384
+) -> Iterator[dict[str, Any]]:
+    """Train, or go on from the folder's checkpoint; yields how it stands every 1000 steps.
+
+    Parameters
+    ----------
+    folder
+        Of the checkpoint, and of the weights in the end.
+    steps, seed
+        Length of the training; of weights, geometries and noise.
+    geometries
+        At a time; one of them is replaced at every step.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     network = UniversalNet()
@@ -238,7 +250,7 @@ def train_universal(folder: Path, *, steps: int, seed: int = 0) -> Iterator[dict
     step, seconds = 0, 0.0
     if checkpoint.is_file():
         step, seconds = _resume(checkpoint, network, averaged, optimizer)
-    patterns = _Patterns(seed + step)  # the rest of the stream, if not the same
+    patterns = _Patterns(seed + step, geometries)  # new ones after a break
     started = time.perf_counter() - seconds
     losses: list[float] = []
     with ThreadPoolExecutor(1) as simulation:
@@ -276,7 +288,7 @@ def train_universal(folder: Path, *, steps: int, seed: int = 0) -> Iterator[dict
         "steps": steps,
         "seed": seed,
         "batch": math.prod(_BATCH),
-        "geometries": _GEOMETRIES + steps,
+        "geometries": geometries + steps,
         "counts": COUNTS,
         "background": BACKGROUND,
         "limits": LIMITS,
@@ -322,8 +334,6 @@ def _resume(
     averaged: UniversalNet,
     optimizer: torch.optim.Optimizer,
 ) -> tuple[int, float]:
-    from safetensors import safe_open
-
     tensors = load_file(path)
     for name, module in (("network.", network), ("averaged.", averaged)):
         module.load_state_dict(
@@ -341,7 +351,7 @@ def _resume(
 
 def main(
     folder: Path,
-    steps: Annotated[int, typer.Option(help="256 patterns each.")] = 28_000,
+    steps: Annotated[int, typer.Option(help="256 patterns each.")] = 30_000,
     seed: Annotated[int, typer.Option(help="Of weights, geometries and noise.")] = 0,
 ) -> None:
     """Train the shipped network, or go on where an earlier training ended."""

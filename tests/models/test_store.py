@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from nanobeam_bluesky.geometry import Geometry
 from nanobeam_bluesky.models import ModelNotFoundError, ModelRefusedError, ModelStore, SeparableNet
 
 
@@ -123,18 +122,6 @@ def test_saving_again_replaces_and_leaves_nothing_behind(store, geometry, card):
     assert len(list(store.root.iterdir())) == 2
 
 
-def test_users_network_comes_before_the_shipped_one(tmp_path, card):
-    published = Geometry.published()
-    store = ModelStore(tmp_path)
-    assert store.load(published)[1].created != card.created
-    mine = card.model_copy(update={"geometry": published, "fingerprint": published.fingerprint()})
-    store.save(SeparableNet((64, 64)), mine)
-    assert store.load(published)[1].created == card.created
-    assert store.card(mine.fingerprint).created == card.created
-    store.remove(mine.fingerprint)
-    assert store.load(published)[1].created != card.created
-
-
 def test_home_folder_comes_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOBEAM_HOME", str(tmp_path))
     assert ModelStore().root == tmp_path / "models"
@@ -164,13 +151,6 @@ def test_removing_never_leaves_the_folder(store, tmp_path):
     with pytest.raises(ModelNotFoundError):
         store.remove("../outside")
     assert outside.exists()
-
-
-def test_shipped_network_cannot_be_removed(store):
-    fingerprint = Geometry.published().fingerprint()
-    with pytest.raises(ModelNotFoundError, match="shipped with the package"):
-        store.remove(fingerprint)
-    store.verify(fingerprint)
 
 
 def test_verify_finds_an_altered_network_and_one_under_another_name(store, geometry):
