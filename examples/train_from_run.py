@@ -1,6 +1,6 @@
-"""Train the network of a run's geometry, from its start document, and store it.
+"""Specialise the shipped network to a run's geometry, from its start document, and store it.
 
-    python examples/train_from_run.py [--start start.json] [--seconds 60]
+    python examples/train_from_run.py [--start start.json] [--seconds 30]
 
 What ``nanobeam train --start start.json`` does, in Python.
 """
@@ -16,11 +16,11 @@ from nanobeam_bluesky.training import train
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--start", type=Path)
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seconds", type=float)
     options = parser.parse_args()
     if options.start is not None:
         start = json.loads(options.start.read_text())
-    else:  # a film of another thickness than the shipped network knows
+    else:  # a film of another thickness than the published one
         block = Geometry.published().model_dump(mode="json", exclude_none=True)
         start = {"uid": "example", "nanobeam": block | {"thickness_nm": 20.0}}
 

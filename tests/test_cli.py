@@ -81,13 +81,14 @@ def test_wrong_usage_ends_with_2_and_the_reason(arguments, words, tmp_path):
     assert words in nanobeam(*arguments, home=tmp_path, code=2)
 
 
-def test_train_stores_the_network_of_a_start_document(tmp_path):
+def test_train_specialises_and_stores_the_network_of_a_start_document(tmp_path):
     document = start_document(thickness_nm=20.0)
     (tmp_path / "start.json").write_text(json.dumps(document))
-    path = tmp_path / "start.json"
-    text = nanobeam("train", "--start", path, "--seconds", "5", home=tmp_path)
+    options = ("--start", tmp_path / "start.json", "--steps", "2", "--counts", "4000", "4000")
+    text = nanobeam("train", *options, home=tmp_path)
     geometry = Geometry.from_start(document)
-    assert geometry.fingerprint() in text
+    assert f"{geometry.fingerprint()}, specialised from the shipped network" in text
+    assert "before" in text
     _, card = ModelStore(tmp_path / "models").load(geometry)
     assert card.geometry == geometry
 
@@ -99,6 +100,7 @@ def test_train_with_a_thickness_range_states_its_accuracy_too(tmp_path):
     options = ("--start", path, "--steps", "20", "--counts", "1000", "1000")
     text = nanobeam("train", *options, "--thickness-range", "2", home=tmp_path)
     assert len([line for line in text.splitlines() if "thickness" in line and " nm" in line]) == 1
+    assert "from scratch, because the shipped network does not tell the thickness" in text
     network, card = ModelStore(tmp_path / "models").load(Geometry.from_start(document))
     assert card.ranges["thickness"] == 2
     assert network.middle.tolist() == pytest.approx([0, 0, 0, 11.7])

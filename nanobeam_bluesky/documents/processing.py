@@ -49,6 +49,12 @@ class AnalyzerChoice:
     device: str = "auto"
     """Torch device, e.g. "cpu"."""
 
+    @property
+    def trains(self) -> bool:
+        """Whether a missing network is to be trained; a geometry not calibrated yet has none."""
+        wanted = self.on_missing_model == "train" and self.method != "correlation"
+        return wanted and not self.calibrate
+
     def build(self, geometry: Geometry) -> Analyzer:
         """Load or make the analyzer.
 
@@ -175,13 +181,13 @@ class Processor:
 
     def open(self, run: str, geometry: Geometry, choice: AnalyzerChoice) -> dict[str, Any]:
         """Prepare for a run; return the analyzer's settings."""
+        from nanobeam_bluesky.models import ModelStore
+
+        if choice.trains and geometry.fingerprint() not in ModelStore().paths():
+            self._training.begin(geometry)
         analyzer = choice.build(geometry)
         self._runs[run] = (analyzer, FrameReader(geometry))
-        settings = analyzer.settings
-        trains = choice.on_missing_model == "train" and not choice.calibrate
-        if trains and settings.get("start", "network") != "network":
-            self._training.begin(geometry)
-        return settings
+        return analyzer.settings
 
     def close(self, run: str) -> None:
         """Close the run's files."""

@@ -34,7 +34,7 @@ def evaluate(
     ranges: dict[str, float] | None = None,
     counts: float | None = None,
     peak: float | None = None,
-    n: int = 4096,
+    n: int = 2048,
     seed: int = 0,
 ) -> Accuracy:
     """Measure an estimator on simulated patterns between grid points.

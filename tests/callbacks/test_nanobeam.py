@@ -471,7 +471,11 @@ def test_a_sink_that_fails_is_counted_and_disturbs_no_other(engine, callback):
 
 @pytest.mark.parametrize(
     ("policy", "status", "start"),
-    [("fit", "success", "library"), ("skip", "fail", None)],
+    [
+        ("universal", "success", "universal"),
+        ("fit", "success", "library"),
+        ("skip", "fail", None),
+    ],
 )
 def test_without_a_network_the_policy_decides(RE, geometry, tmp_path, policy, status, start):
     callback = NanobeamCallback(on_missing_model=policy)

@@ -13,7 +13,8 @@ SHORT = """
 import importlib
 
 train = importlib.import_module("nanobeam_bluesky.training.train")
-train._STEPS["ReducedNet"], train._POOL, train._HELD_OUT = 5, 128, 128
+train._SCHEDULES["ReducedNet"] = train._Schedule(2, 64, 1e-3, 0.98, 0.9, 20)
+train._POOL, train._HELD_OUT = 128, 64
 train._levels = lambda low, high: [low]
 importlib.import_module("nanobeam_bluesky.training.__main__").main()
 """

@@ -4,13 +4,56 @@ import torch
 
 from nanobeam_bluesky.geometry import Geometry
 from nanobeam_bluesky.models import DEFAULT_FIT, Analyzer, ModelStore
+from nanobeam_bluesky.physics import forward
 from nanobeam_bluesky.training import evaluate, train
 
-QUICK = {"steps": 40}
+QUICK = {"steps": 40, "architecture": "SeparableNet"}
 
 
-def test_network_beats_the_correlation_fit_in_seconds(geometry):
-    network, card = train(geometry, counts=(1e3, 1e5), steps=500)
+def test_specialised_network_is_better_than_the_shipped_one_and_knows_its_errors(
+    geometry, tmp_path
+):
+    network, card = train(geometry, counts=6000, steps=150)
+    assert (card.architecture, card.training["start"]) == ("ReducedNet", "universal")
+    store = ModelStore(tmp_path)
+    store.save(network, card)
+    shipped, special = (
+        Analyzer.for_geometry(geometry, method="network", store=s, device="cpu")
+        for s in (ModelStore(tmp_path / "empty"), store)
+    )
+    assert [a.settings["start"] for a in (shipped, special)] == ["universal", "network"]
+    before, after = (
+        evaluate(a, geometry, counts=6000, n=2000, seed=1).rmse for a in (shipped, special)
+    )
+    assert np.mean([after[name] / before[name] for name in before]) < 1
+    truth = np.random.default_rng(2).uniform(-1, 1, (3, 1000)).T * [0.005, 0.05, 0.1]
+    patterns = forward(*truth.T, geometry)
+    noisy = np.random.default_rng(3).poisson(patterns * 6000 / patterns.sum((1, 2)).mean())
+    found = special.process(noisy)
+    for name, expected in zip(("strain", "omega", "chi"), truth.T, strict=True):
+        pull = (getattr(found, name) - expected) / getattr(found, f"{name}_sigma")
+        assert 0.9 < pull.std() < 1.1, name
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "reason"),
+    [
+        ({"thickness_nm": 400.0}, {}, "thickness_nm = 400, expected 5 to 300"),
+        ({}, {"sampling": "published"}, "continuous sampling"),
+        ({}, {"ranges": {"thickness": 2.0}}, "does not tell the thickness"),
+    ],
+)
+def test_where_the_shipped_network_is_of_no_use_one_is_trained_from_scratch(
+    geometry, change, options, reason
+):
+    changed = geometry.model_copy(update=change)
+    _, card = train(changed, counts=6000, steps=2, **options)
+    assert (card.architecture, card.training["start"]) == ("SeparableNet", "scratch")
+    assert reason in card.training["reason"]
+
+
+def test_network_from_scratch_beats_the_correlation_fit_in_seconds(geometry):
+    network, card = train(geometry, architecture="SeparableNet", counts=(1e3, 1e5), steps=500)
     conventional = Analyzer.for_geometry(geometry, method="correlation")
     trained, fitted = (
         evaluate(estimator, geometry, counts=6000, n=1000, seed=1).rmse
@@ -45,7 +88,7 @@ def test_same_seed_gives_the_same_network(geometry):
 
 def test_time_ends_the_training(geometry):
     seen = []
-    _, card = train(geometry, seconds=2, progress=seen.append)
+    _, card = train(geometry, architecture="SeparableNet", seconds=2, progress=seen.append)
     assert seen[-1].fraction == 1
     assert seen[-1].seconds >= 2
     assert [p.fraction for p in seen] == sorted(p.fraction for p in seen)
