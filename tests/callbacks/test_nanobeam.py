@@ -524,7 +524,7 @@ def test_a_network_trained_meanwhile_is_used_by_the_next_scan(RE, geometry, tmp_
     assert callback.wait(60)
     callback.close()
     first, second = (start["nanobeam"]["analyzer"]["start"] for start in starts)
-    assert (first, second) == ("library", "network")
+    assert (first, second) == ("universal", "network")
 
 
 def test_a_closed_callback_takes_nothing_more():
