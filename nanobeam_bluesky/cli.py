@@ -139,8 +139,12 @@ def train(
         typer.Option(help="Counts at the peak of the library (7 as published), not --counts."),
     ] = None,
     background: Annotated[
-        float, typer.Option(help="Largest background, as a part of the pattern's mean.", min=0)
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            help="Largest background, as a part of the mean; 0.1 in specialising, else 0.",
+            min=0,
+        ),
+    ] = None,
     thickness_range: Annotated[
         float | None,
         typer.Option(help="Thickness as fourth result, up to this off the geometry's, nm.", min=0),
