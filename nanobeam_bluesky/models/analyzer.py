@@ -21,6 +21,7 @@ from nanobeam_bluesky.models.reduced import (
     OutsideEnvelopeError,
     Reduced,
     envelope_ranges,
+    reduce_geometry,
 )
 from nanobeam_bluesky.models.refinement import check, refine_checked
 from nanobeam_bluesky.models.store import (
@@ -154,6 +155,10 @@ class Analyzer:
                 geometry,
                 network=network,
                 card=card,
+                # refined, what it does not know any better than before is no reason for a flag
+                reduced=reduce_geometry(geometry)
+                if fit and isinstance(network, ReducedNet)
+                else None,
                 start=start,
                 fit=fit,
                 device=device,

@@ -204,8 +204,8 @@ def check_envelope(geometry: Geometry, reduced: Reduced) -> None:
 def random_geometry(rng: np.random.Generator) -> Geometry:
     """Draw a geometry from the envelope: energy, reflection, distance, optics, film, ROI.
 
-    A quarter has mirrors or multilayer Laue lenses, the rest zone plates; a quarter has a
-    sharp pupil, the rest a blur of 0.25 to 2 binned pixels.
+    A quarter has mirrors or multilayer Laue lenses, the rest zone plates, of which a quarter has
+    a sharp pupil; all others have a blur of 0.25 to 2 binned pixels.
     """
     (low, high), (thin, thick) = _HALF_WIDTH_PX, _THICKNESS_NM
     while True:
@@ -224,7 +224,8 @@ def random_geometry(rng: np.random.Generator) -> Geometry:
             continue
         pixel = 55 if half.max() * 2 < 30 else 75
         binning = 1 if half.max() < 15 else 2
-        blur = 0.0 if rng.random() < 0.25 else math.exp(rng.uniform(math.log(0.25), math.log(2)))
+        sharp = rng.random() < 0.25 and not rectangular
+        blur = 0.0 if sharp else math.exp(rng.uniform(math.log(0.25), math.log(2)))
         optics: ZonePlate | RectangularPupil
         if rectangular:
             stop = rng.uniform(0.2, 0.6, 2) if rng.random() < 0.5 else np.zeros(2)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nanobeam_bluesky.geometry import Geometry
+from nanobeam_bluesky.geometry import Geometry, RectangularPupil
 from nanobeam_bluesky.models.correlation import PARAMETERS
 from nanobeam_bluesky.models.estimates import (
     DEFAULT_FIT,
@@ -52,6 +52,7 @@ _CLOSE = 0.02  # squared distance to the maximum, in σ, from which the last ste
 _FAINT = 1e-6  # least background, in units of the scale: what a blurred rim ends in
 _STEP_PX = 4.0  # longest step of a shift
 _STEP_FRINGE = 0.25  # longest step of t dq / 2π
+_LONGEST = (_STEP_PX, _STEP_PX, _STEP_FRINGE)
 _TRUST = 4.0  # longest first step, in σ of the start, …
 _LEAST_STEP = (0.5, 0.5, 0.03)  # … but at least this: shifts, t dq / 2π
 _STEP_PART = 0.25  # longest step of thickness and blur, of their value
@@ -68,9 +69,11 @@ _MODEL_ERROR = 0.05  # no misfit below this root mean square error of the model
 
 _JUMP = 8.0  # farther from the start, in σ of both, is no surprise only for a bad start
 _WIDE_PX = 0.25  # σ of shift_x from which the likelihood may have other maxima along it
-_ASIDE = (-2, -1, 1, 2)  # where to look for them, in steps …
+_UNKNOWN_PX = 1.0  # the same of the start
+_ASIDE = (-4, -3, -2, -1, 1, 2, 3, 4)  # where to look for them, in steps …
 _ASIDE_PX = 2.5  # … of 3 σ, but at least this
 _LEAD = 6.0  # deviance by which another must be better: the start knew something, too
+_LEAST_BLUR_PX = 0.25  # of straight edges: sharper, they have a maximum in every pixel column
 _CLOSE_CALL = 10.0  # log likelihood by which the library's first choice must lead the second
 
 
@@ -106,7 +109,8 @@ def refine(
         steps may go. The thickness, if fitted, starts from the geometry's where there is none.
         None: those of `library_search`.
     geometry
-        The geometry.
+        The geometry. The straight edges of a rectangular pupil count as blurred by 0.25 binned
+        pixels at least: perfectly sharp ones, which nothing has, leave no regular likelihood.
     fit
         "strain", "omega", "chi", "scale", and of "background", "thickness" and "blur" what
         is unknown too. Otherwise there is no background, and thickness and blur are the
@@ -157,6 +161,8 @@ def refine_checked(
     n = len(counts)
     if start is not None and len(start) != n:
         raise ValueError(f"start has {len(start)} points for {n} patterns")
+    if isinstance(geometry.optics, RectangularPupil) and geometry.pupil_blur_px < _LEAST_BLUR_PX:
+        geometry = geometry.model_copy(update={"pupil_blur_px": _LEAST_BLUR_PX})
     lit = (total >= MIN_COUNTS) & ~broken
     plan = continuous_plan(geometry)
 
@@ -179,11 +185,11 @@ def refine_checked(
     if start is None:
         found = search(everything)
         start = found.first
-    begin, reach, vague = _begin(start, plan, "thickness" in fit)
+    begin, reach, sigma = _begin(start, plan, "thickness" in fit)
     fitted = fit_from(begin, reach, everything)
     estimates = _estimates(fitted, plan, fit, total, lit, start)
     again = lit & ((estimates.flags & (Flag.NOT_CONVERGED | Flag.MISFIT)) > 0)
-    again |= lit & (vague | _jumped(estimates, start))
+    again |= lit & ((sigma > _LONGEST).any(axis=1) | _jumped(estimates, start))
     if found is not None:
         again |= lit & (found.lead < _CLOSE_CALL)
     if again.any():
@@ -195,8 +201,9 @@ def refine_checked(
         begin, reach, _ = _begin(other, plan, "thickness" in fit)
         _keep_better(fitted, fit_from(begin, reach, which), which)
         estimates = _estimates(fitted, plan, fit, total, lit, start)
-    spread = np.sqrt(fitted.covariance[:, _X, _X])
-    which = np.flatnonzero(lit & fitted.converged & (spread > _WIDE_PX))
+    wide = np.sqrt(fitted.covariance[:, _X, _X]) > _WIDE_PX
+    wide |= sigma[:, _X] > _UNKNOWN_PX
+    which = np.flatnonzero(lit & fitted.converged & wide)
     if len(which):
         _look_aside(fitted, fit_from, which, 4 if "thickness" in fit else 3)
         estimates = _estimates(fitted, plan, fit, total, lit, start)
@@ -207,10 +214,11 @@ def refine_checked(
 
 def _begin(
     start: Estimates, plan: ContinuousPlan, thickness: bool
-) -> tuple[Floats, Floats, NDArray[np.bool_]]:
-    """In the kernel's parameters: where to start, the longest first step, whether σ is beyond any.
+) -> tuple[Floats, Floats, Floats]:
+    """In the kernel's parameters: where to start, the longest first step, and the start's σ.
 
-    (n, 3 or 4), (n, 3) and (n,). A start so vague is worse than the library's.
+    (n, 3 or 4), (n, 3) and (n, 3), the latter two in pixels and fringes. A start whose σ is
+    longer than any step is worse than the library's.
     """
     strain, omega, chi = (
         np.where(np.isfinite(v), v, 0.0) for v in (start.strain, start.omega, start.chi)
@@ -221,12 +229,12 @@ def _begin(
     slopes[:, _DQ] *= plan.thickness / (2 * math.pi)
     known = np.stack([start.strain_sigma, start.omega_sigma, start.chi_sigma], 1)
     sigma = np.sqrt(np.einsum("nij,nj->ni", slopes**2, known**2))
-    longest = np.array([_STEP_PX, _STEP_PX, _STEP_FRINGE])
-    reach = np.where(np.isfinite(sigma), np.clip(_TRUST * sigma, _LEAST_STEP, longest), longest)
+    trusted = np.clip(_TRUST * sigma, _LEAST_STEP, _LONGEST)
+    reach = np.where(np.isfinite(sigma), trusted, _LONGEST)
     if thickness:
         part = np.nan_to_num(10 * start.thickness / plan.thickness, nan=1.0)
         first = np.column_stack([first, np.clip(part, *_THICKNESS_RANGE) * plan.thickness])
-    return first, reach, (sigma > longest).any(axis=1)
+    return first, reach, sigma
 
 
 def _jumped(estimates: Estimates, start: Estimates) -> NDArray[np.bool_]:
@@ -280,7 +288,7 @@ def _look_aside(
     for side in _ASIDE:
         begin = found[0].values[:, :parameters].copy()
         begin[:, _X] += side * np.maximum(3 * sigma, _ASIDE_PX)
-        found.append(fit_from(begin, _longest(len(which)), which))
+        found.append(fit_from(begin, np.tile(_LONGEST, (len(which), 1)), which))
     deviance = np.stack([f.quality[:, 0] for f in found])
     deviance[~np.stack([f.converged for f in found])] = np.inf
     deviance[0] -= _LEAD
@@ -300,11 +308,6 @@ def _look_aside(
     known = np.diagonal(fitted.covariance[which], axis1=1, axis2=2) > 0
     away *= known
     fitted.covariance[which] += np.einsum("jn,jna,jnb->nab", weight, away, away)
-
-
-def _longest(n: int) -> Floats:
-    """The longest first steps that are allowed, (n, 3)."""
-    return np.tile((_STEP_PX, _STEP_PX, _STEP_FRINGE), (n, 1))
 
 
 def fit_shifts(
@@ -342,7 +345,7 @@ def fit_shifts(
     free[_BACKGROUND] = "background" in fit
     n = len(counts)
     if reach is None:
-        reach = _longest(n)
+        reach = np.tile(_LONGEST, (n, 1))
     values = np.zeros((n, _P))
     values[:, _THICKNESS] = plans[0].thickness
     values[:, : start.shape[1]] = start
