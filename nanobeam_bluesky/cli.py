@@ -289,17 +289,16 @@ def import_model(
 
 @models.command("list")
 def list_models(store: Store = None) -> None:
-    """List the stored networks, the user's own and the shipped ones."""
+    """List the networks that were trained or imported for one geometry."""
     from nanobeam_bluesky.models import ModelRefusedError, ModelStore
 
     stored = ModelStore(store)
-    table = Table("geometry", "architecture", "energy, keV", "pixels", "counts", "created", "where")
-    for fingerprint, path in stored.paths().items():
-        where = "yours" if path.parent == stored.root else "shipped"
+    table = Table("geometry", "architecture", "energy, keV", "pixels", "counts", "created")
+    for fingerprint in stored.paths():
         try:
             card = stored.card(fingerprint)
         except ModelRefusedError:
-            table.add_row(escape(fingerprint), "unreadable: see 'verify'", "", "", "", "", where)
+            table.add_row(escape(fingerprint), "unreadable: see 'verify'", "", "", "", "")
             continue
         levels = [f"{level.counts:.0f}" for level in card.accuracy]
         table.add_row(
@@ -309,10 +308,9 @@ def list_models(store: Store = None) -> None:
             "×".join(map(str, card.geometry.pattern_shape)),
             " – ".join(dict.fromkeys((levels[0], levels[-1]))) if levels else "",
             escape(card.created[:10]),
-            where,
         )
     console.print(table)
-    _say(f"your own are in {stored.root}")
+    _say(f"in {stored.root}; all other geometries have the shipped network")
 
 
 @models.command("show")
