@@ -199,10 +199,10 @@ def _open(processor: Processor, message: Message) -> Message:
 
 def _warm_up() -> None:
     """Import and compile before the first run needs it: 20 s once, then from numba's cache."""
-    from nanobeam_bluesky.models import Analyzer, refine  # noqa: F401
+    from nanobeam_bluesky.models import Analyzer
 
     geometry = Geometry.published()
-    refine(np.ones((1, *geometry.pattern_shape)), Estimates.empty(1), geometry)
+    Analyzer.for_geometry(geometry).process(np.ones((1, *geometry.pattern_shape)))
 
 
 def main() -> None:
