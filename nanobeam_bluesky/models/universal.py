@@ -109,9 +109,10 @@ class _TwoLooks(nn.Module):
         first = self.first(grid, None, level, modulations[0])
         known = first.detach()
         place = known[..., :3].clamp(-_FARTHEST, _FARTHEST)
-        grid = _resampled(
-            patterns, columns, rows, -place[..., 0], -place[..., 1], half_x, half_y, CLOSE_VIEW
-        )
+        x = _on_border(-place[..., 0] * half_x, columns)
+        y = _on_border(-place[..., 1] * half_y, rows)
+        place = torch.stack([-x / half_x, -y / half_y, place[..., 2]], -1)
+        grid = _resampled(patterns, columns, rows, x, y, half_x, half_y, CLOSE_VIEW)
         extra = torch.cat([level, place, known[..., 3:]], -1)
         second = self.second(grid, _pupil(condition), extra, modulations[1])
         return first, torch.cat([place + 0.1 * second[..., :3], second[..., 3:]], -1)
@@ -293,6 +294,16 @@ def _resampled(
     across = _overlaps(columns, middle_x, half_x, view)
     along = _overlaps(rows, middle_y, half_y, view)
     return along @ (patterns @ across.transpose(-1, -2))
+
+
+def _on_border(middle: Tensor, borders: Tensor) -> Tensor:
+    """The nearest border between pixels to a middle (g, b), at most 0.75 pixels away.
+
+    So the cells cut the pixels in the same way in every pattern of a geometry.
+    """
+    nearest = (middle[..., None] - borders[:, None]).abs().argmin(-1)
+    away: Tensor = borders.gather(1, nearest) - middle
+    return middle + away.clamp(-0.75, 0.75)
 
 
 def _overlaps(borders: Tensor, middle: Tensor, half: Tensor, view: float) -> Tensor:
