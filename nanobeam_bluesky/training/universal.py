@@ -351,7 +351,7 @@ def _resume(
 
 def main(
     folder: Path,
-    steps: Annotated[int, typer.Option(help="256 patterns each.")] = 30_000,
+    steps: Annotated[int, typer.Option(help="256 patterns each.")] = 29_500,
     seed: Annotated[int, typer.Option(help="Of weights, geometries and noise.")] = 0,
 ) -> None:
     """Train the shipped network, or go on where an earlier training ended."""

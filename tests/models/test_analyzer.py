@@ -94,14 +94,6 @@ def test_dark_pattern_has_few_counts(method):
     assert estimates.counts.tolist() == [0, 0]
 
 
-def test_truth_outside_the_trained_range_is_flagged():
-    outside = [(0.0065, 0, 0), (0, 0.065, 0), (0, 0, -0.13)]
-    patterns = np.round(700 * forward(*np.transpose(outside), Geometry.published()))
-    for method in ("refine", "network"):
-        analyzer = Analyzer.for_geometry(Geometry.published(), method=method)
-        assert (analyzer.process(patterns).flags & Flag.OUT_OF_RANGE > 0).all(), method
-
-
 @pytest.mark.parametrize("method", ["refine", "network"])
 def test_masked_pixels_may_hold_anything(method):
     """A hot pixel, one that always reads the largest number, and a dead row."""
