@@ -15,7 +15,7 @@ def test_a_geometry_never_seen_is_mapped_with_no_preparation(tmp_path, monkeypat
     text = io.StringIO()
     console = Console(file=text, width=200)
     assert run_demo((6, 8), 6000, "figure3", tmp_path, console, random_seed=3)
-    for words in ("17.68 keV", "zone plate", "18.1 nm", "pattern of 48 × 48", "to first values"):
+    for words in ("7.13 keV", "mirrors", "35.5 nm", "pattern of 56 × 32", "to first values"):
         assert words in text.getvalue()
     run = open_catalog(tmp_path)["derived"].values().last()
     assert run.metadata["start"]["nanobeam"]["analyzer"]["start"] == "universal"

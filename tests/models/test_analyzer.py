@@ -108,9 +108,10 @@ def test_masked_pixels_may_hold_anything(method):
     counts[:, mask] = rng.choice([0, 1000, 4e9], mask.sum())
     estimates = Analyzer.for_geometry(geometry, method=method).process(counts)
     assert np.mean(estimates.flags == 0) > 0.98
+    limit = 0.2 if method == "refine" else 0.35  # the network sees the row filled
     for name in ("strain", "omega", "chi"):
         error = getattr(estimates, name) - getattr(clean, name)
-        assert np.abs(np.median(error)) < 0.2 * np.median(getattr(clean, f"{name}_sigma"))
+        assert np.abs(np.median(error)) < limit * np.median(getattr(clean, f"{name}_sigma"))
 
 
 def test_correlation_needs_no_training_and_gives_no_sigma(tmp_path, geometry, simulate):
