@@ -17,9 +17,8 @@ from event_model import DocumentNames, schema_validators
 from nanobeam_bluesky.callbacks import NanobeamCallback
 from nanobeam_bluesky.documents import to_maps
 from nanobeam_bluesky.geometry import ROI, Geometry
-from nanobeam_bluesky.models import Flag, ModelStore
+from nanobeam_bluesky.models import Flag
 from nanobeam_bluesky.sim import EmbeddedSXDM, SimulatedSXDM, phantom, sxdm_fly
-from nanobeam_bluesky.training import train
 
 TOLERANCE = {"strain": 8e-4, "omega": 2.5e-3, "chi": 6e-3}
 """Five times what the network misses; the points of "unique" are farther apart."""
@@ -508,23 +507,6 @@ def test_documents_that_make_no_sense_stop_nothing(engine, callback):
     run = engine(phantom("figure3", (2, 3)))
     assert run[-1][1]["exit_status"] == "success"
     assert callback.health.errors == errors + 2
-
-
-def test_a_network_trained_meanwhile_is_used_by_the_next_scan(RE, geometry, tmp_path, monkeypatch):
-    monkeypatch.setenv("NANOBEAM_HOME", str(tmp_path))
-    callback = NanobeamCallback()
-    starts = []
-    callback.subscribe(lambda name, doc: starts.append(doc), "start")
-    film = geometry.model_copy(update={"thickness_nm": 14.0})
-    sxdm = SimulatedSXDM(phantom("figure3", (2, 3)), film, tmp_path)
-    RE(sxdm_fly(sxdm), callback)
-    assert callback.wait(60)
-    ModelStore().save(*train(film, steps=20))
-    RE(sxdm_fly(sxdm), callback)
-    assert callback.wait(60)
-    callback.close()
-    first, second = (start["nanobeam"]["analyzer"]["start"] for start in starts)
-    assert (first, second) == ("universal", "network")
 
 
 def test_a_closed_callback_takes_nothing_more():

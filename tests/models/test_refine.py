@@ -453,12 +453,12 @@ def test_sigma_of_a_good_start_changes_nothing_and_asks_no_library(monkeypatch):
 def test_of_several_maxima_the_better_counts_and_the_others_widen_sigma():
     """Mirrors whose edge leaves the ROI, at 300 counts: a photon tells where it is.
 
-    Without looking aside, 10 and 17 of 1500 were off by more than 5 σ.
+    Without looking aside, 10 and 17 of 1500 were off by more than 5 σ, now 6.
     """
-    truth, noisy, _ = draw(MIRRORS, 1500, 300, background=0, seed=35)
+    truth, noisy, _ = draw(MIRRORS, 800, 300, background=0, seed=35)
     for start in (None, library_search(noisy, MIRRORS)):
         lost = (abs(pulls(refine(noisy, start, MIRRORS), truth)) > 5).any(axis=1).sum()
-        assert lost <= 8
+        assert lost <= 5
 
 
 @pytest.mark.parametrize("ranges", [None, {"strain": 0.01, "chi": 0.2}])
