@@ -1,0 +1,36 @@
+"""Training of the shipped network, a few steps of it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nanobeam_bluesky.models.universal import UniversalNet
+from nanobeam_bluesky.training.universal import train_universal
+
+
+@pytest.fixture
+def one_torch_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_torch_thread")
+def test_training_goes_on_where_it_ended(tmp_path):
+    (before,) = train_universal(tmp_path, steps=2, geometries=16)
+    early = load_file(tmp_path / "checkpoint.safetensors")
+    (after,) = train_universal(tmp_path, steps=3, geometries=16)
+    assert (before["step"], after["step"]) == (2, 3)
+    assert after["seconds"] >= before["seconds"]
+    late = load_file(tmp_path / "checkpoint.safetensors")
+    name = "network.first.patches.weight"
+    moved = (late[name] - early[name]).abs().max()
+    assert 0 < moved < 0.01  # one step from there, not a new beginning
+    weights = load_file(tmp_path / "weights.safetensors")
+    UniversalNet().load_state_dict(weights)
+    assert np.isfinite([float(w.sum()) for w in weights.values()]).all()
+    assert json.loads((tmp_path / "card.json").read_text())["steps"] == 3
