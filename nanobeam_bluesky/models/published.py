@@ -13,6 +13,7 @@ import io
 import math
 import pickletools
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -262,7 +263,7 @@ class _Reader:
         self._memo: dict[int, Any] = {}
 
     def read(self, pickle: bytes) -> object:
-        for opcode, value, _ in pickletools.genops(pickle):
+        for opcode, value, _ in _operations(pickle):
             if opcode.name == "STOP":
                 break
             if opcode.name in _LITERALS:
@@ -448,3 +449,10 @@ _INSTRUCTIONS: dict[str, Callable[[_Reader, Any], object]] = {
     "BINPERSID": _Reader._persistent,
 }
 """What moves things about. Everything else that a pickle can say is refused."""
+
+
+def _operations(pickle: bytes) -> list[tuple[pickletools.OpcodeInfo, Any, int | None]]:
+    """Opcodes of a pickle; an odd escape in an altered one is no matter for the user."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return list(pickletools.genops(pickle))

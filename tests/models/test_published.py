@@ -10,7 +10,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -290,6 +290,7 @@ def test_large_file_is_refused(tmp_path):
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(changes=st.lists(st.tuples(st.integers(0), st.integers(0, 255)), min_size=1, max_size=8))
+@example(changes=[(3, 92)])
 def test_altered_pickle_gives_a_network_or_is_refused(saved, tmp_path, changes):
     with zipfile.ZipFile(saved / "module.pth") as archive:
         content = bytearray(archive.read("module/data.pkl"))
