@@ -123,3 +123,14 @@ def RE():
     engine.loop.call_soon_threadsafe(engine.loop.stop)
     engine._th.join()
     engine.loop.close()
+
+
+@pytest.fixture
+def one_torch_thread():
+    """A second one costs ten times more than it brings when something else runs too."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

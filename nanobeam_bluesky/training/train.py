@@ -363,7 +363,7 @@ def _fit(
         upcoming.extend(simulation.submit(patterns.batch) for _ in range(2))
         while fraction < 1 and stale < schedule.patience:
             for group in optimizer.param_groups:
-                group["lr"] = schedule.rate * _part_of_rate(fraction)
+                group["lr"] = schedule.rate * part_of_rate(fraction, _WARM_UP)
             upcoming.append(simulation.submit(patterns.batch))
             # half of the batch on each core
             halves = zip(*(column.chunk(2) for column in upcoming.popleft().result()), strict=True)
@@ -372,7 +372,7 @@ def _fit(
                 parameter.grad = torch.stack(parts).mean(0)
             optimizer.step()
             step += 1
-            _follow(averaged, network, 1 - min(schedule.memory, step / (step + 10)))
+            follow(averaged, network, 1 - min(schedule.memory, step / (step + 10)))
             fraction, elapsed = done(step)
             if fraction * _VALIDATIONS < validations + 1:
                 continue
@@ -422,17 +422,17 @@ def _recalibrate(network: ReducedNet, patterns: _Patterns) -> None:
 
 
 @torch.no_grad()
-def _follow(averaged: nn.Module, network: nn.Module, share: float) -> None:
+def follow(averaged: nn.Module, network: nn.Module, share: float) -> None:
     """Move the running mean of the weights towards a network's."""
     for mean, value in zip(averaged.parameters(), network.parameters(), strict=True):
         mean.lerp_(value, share)
 
 
-def _part_of_rate(fraction: float) -> float:
+def part_of_rate(fraction: float, warm_up: float) -> float:
     """Learning rate over a training: linear warm-up, then half a cosine."""
-    if fraction < _WARM_UP:
-        return (fraction + 1e-3) / _WARM_UP
-    return 0.5 * (1 + math.cos(math.pi * (fraction - _WARM_UP) / (1 - _WARM_UP)))
+    if fraction < warm_up:
+        return (fraction + 1e-3) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (fraction - warm_up) / (1 - warm_up)))
 
 
 def _levels(low: float, high: float) -> list[float]:

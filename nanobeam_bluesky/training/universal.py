@@ -29,11 +29,18 @@ from safetensors.torch import load_file, save_file
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
-from nanobeam_bluesky.models.reduced import LIMITS, Reduced, random_geometry, reduce_geometry
+from nanobeam_bluesky.models.reduced import (
+    CONDITIONS,
+    LIMITS,
+    Reduced,
+    random_geometry,
+    reduce_geometry,
+)
 from nanobeam_bluesky.models.universal import UniversalNet
 from nanobeam_bluesky.physics.continuous import render_continuous
 from nanobeam_bluesky.physics.information import shift_information, standard_errors
 from nanobeam_bluesky.training.noise import poisson
+from nanobeam_bluesky.training.train import follow, part_of_rate
 
 __all__ = ["train_universal"]
 
@@ -82,7 +89,7 @@ class _Patterns:
         self._columns = np.zeros((n, _SIZE + 1), np.float32)
         self._rows = np.zeros((n, _SIZE + 1), np.float32)
         self._units = np.zeros((n, 3), np.float32)
-        self._condition = np.zeros((n, 13), np.float32)
+        self._condition = np.zeros((n, CONDITIONS), np.float32)
         self._next = 0
         for _ in range(n):
             self.replace_one()
@@ -258,7 +265,7 @@ def train_universal(
         upcoming.extend(simulation.submit(patterns.batch) for _ in range(2))
         while step < steps:
             for group in optimizer.param_groups:
-                group["lr"] = _RATE * _schedule(step / steps)
+                group["lr"] = _RATE * part_of_rate(step / steps, _WARM_UP)
             upcoming.append(simulation.submit(patterns.batch))
             batch = upcoming.popleft().result()
             first, second = network(*batch.inputs)
@@ -269,10 +276,7 @@ def train_universal(
             optimizer.step()
             step += 1
             losses.append(float(loss.detach()))
-            with torch.no_grad():
-                share = 1 - min(_MEMORY, step / (step + 10))
-                for mean, value in zip(averaged.parameters(), network.parameters(), strict=True):
-                    mean.lerp_(value, share)
+            follow(averaged, network, 1 - min(_MEMORY, step / (step + 10)))
             if step % _CHECKPOINT == 0 or step == steps:
                 seconds = time.perf_counter() - started
                 _save(checkpoint, network, averaged, optimizer, step, seconds)
@@ -298,13 +302,6 @@ def train_universal(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
-
-
-def _schedule(fraction: float) -> float:
-    """Learning rate over a training: linear warm-up, then half a cosine."""
-    if fraction < _WARM_UP:
-        return (fraction + 1e-4) / _WARM_UP
-    return 0.5 * (1 + math.cos(math.pi * (fraction - _WARM_UP) / (1 - _WARM_UP)))
 
 
 def _save(

@@ -91,15 +91,6 @@ def has(estimates, flag):
 # ------------------------------------------------------------------ a plain twin
 
 
-@pytest.fixture
-def one_torch_thread():
-    """A second one costs ten times more than it brings when something else runs too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @cache
 def gauss(n):
     nodes, weights = np.polynomial.legendre.leggauss(n)
