@@ -44,6 +44,7 @@ Floats = NDArray[np.floating[Any]]
 # order of the kernel's parameters; lengths in binned pixels, dq in Å⁻¹, thickness in Å
 _X, _Y, _DQ, _THICKNESS, _BLUR, _SCALE, _BACKGROUND = range(7)
 _P = 7
+_SHIFTS = 3  # the first of them
 
 _TOP, _LOST, _DARK = range(3)  # how a fit ends: at the maximum, not, or without any light
 
@@ -72,7 +73,8 @@ _WIDE_PX = 0.25  # σ of shift_x from which the likelihood may have other maxima
 _UNKNOWN_PX = 1.0  # the same of the start
 _ASIDE = (-4, -3, -2, -1, 1, 2, 3, 4)  # where to look for them, in steps …
 _ASIDE_PX = 2.5  # … of 3 σ, but at least this
-_LEAD = 6.0  # deviance by which another must be better: the start knew something, too
+_LEAD = 4.0  # deviance by which another must be better: the start knew something, too
+_SAME = 0.3  # σ, up to which two maxima are the same
 _LEAST_BLUR_PX = 0.25  # of straight edges: sharper, they have a maximum in every pixel column
 _CLOSE_CALL = 10.0  # log likelihood by which the library's first choice must lead the second
 
@@ -273,8 +275,10 @@ def _look_aside(
     """Look for other maxima of the patterns `which` beside the one found, and count them in.
 
     A thick film's light may not reach the ends of the pupil. Then dq is well known, shift_x is
-    not, and the likelihood along it may have several maxima: the highest one counts, and the
-    others widen its σ by their distance, each by its likelihood.
+    not, and the likelihood along it may have several maxima, often one in every pixel column.
+    What is returned is their mean, each weighted by its likelihood and its volume (Laplace's
+    approximation of the posterior mean, which has the least expected square error), and σ
+    with their distances.
     """
     found = [
         Fitted(
@@ -291,7 +295,9 @@ def _look_aside(
         found.append(fit_from(begin, np.tile(_LONGEST, (len(which), 1)), which))
     deviance = np.stack([f.quality[:, 0] for f in found])
     deviance[~np.stack([f.converged for f in found])] = np.inf
+    covariance = np.stack([f.covariance for f in found])[..., :_SHIFTS, :_SHIFTS]
     deviance[0] -= _LEAD
+    deviance -= np.linalg.slogdet(covariance + 1e-30 * np.eye(_SHIFTS))[1]
     best = deviance.argmin(axis=0)
     every = np.arange(len(which))
     for i, column in enumerate(fitted):
@@ -299,14 +305,15 @@ def _look_aside(
     places = np.stack([f.values for f in found])
     away = places - places[best, every]
     # the same maximum may have been found several times: its first finding counts
-    apart = np.abs(places[:, None, :, _X] - places[None, :, :, _X]) > sigma
-    lowest = deviance[best, every]
-    weight = np.exp(-0.5 * (deviance - lowest))
+    apart = np.abs(places[:, None, :, _X] - places[None, :, :, _X]) > _SAME * sigma
+    weight = np.exp(-0.5 * (deviance - deviance[best, every]))
     for j in range(len(found)):
         weight[j, (~apart[j, :j] & (weight[:j] > 0)).any(axis=0)] = 0
     weight /= weight.sum(axis=0)
-    known = np.diagonal(fitted.covariance[which], axis1=1, axis2=2) > 0
-    away *= known
+    away *= np.diagonal(fitted.covariance[which], axis1=1, axis2=2) > 0  # what is fitted
+    mean = np.einsum("jn,jna->na", weight, away)
+    away -= mean
+    fitted.values[which] += mean
     fitted.covariance[which] += np.einsum("jn,jna,jnb->nab", weight, away, away)
 
 

@@ -25,17 +25,15 @@ from nanobeam_bluesky.models.reduced import (
     check_envelope,
     reduce_geometry,
 )
+from nanobeam_bluesky.models.view import PATCHES, View, view
 
 __all__ = ["ReducedNet", "UniversalNet", "universal_network"]
 
-CELLS = 44
-"""Of the grid that a pattern is averaged on, along each axis."""
+CELLS = (44, 55)
+"""Of the first look and the second, along each axis."""
 CLOSE_VIEW = 1.2
 """How far the second look goes, in half-widths of the pupil around where it lies."""
 
-_PATCH, _STRIDE = 8, 4
-_PATCHES = (CELLS - _PATCH) // _STRIDE + 1
-_BRIGHTEST = 40.0  # of the mean: no hot pixel counts for more
 _FARTHEST = 1.3  # where the second look may go, half-widths
 _HIDDEN = 96  # of the network that makes the modulations
 
@@ -44,40 +42,31 @@ Modulation = tuple[Tensor, Tensor]
 
 
 class _Look(nn.Module):
-    """Patches and profiles of a grid (g, b, CELLS, CELLS) → three values and log σ each.
+    """What is seen of b patterns of each of g geometries → three values and log σ each.
 
     `extra` numbers of every pattern, such as the logarithm of its counts, add to every layer.
     """
 
-    def __init__(self, features: int, widths: tuple[int, ...], extra: int) -> None:
+    def __init__(self, cells: int, features: int, widths: tuple[int, ...], extra: int) -> None:
         super().__init__()
-        inputs = (features * _PATCHES**2 + 4 * CELLS, *widths[:-1])
+        inputs = (features * PATCHES**2 + 4 * cells, *widths[:-1])
         self.widths = (features, *widths)
-        self.patches = nn.Linear(_PATCH**2, features)
+        self.patches = nn.Linear((2 * cells // (PATCHES + 1)) ** 2, features)
         self.dense = nn.ModuleList(map(nn.Linear, inputs, widths))
         self.extras = nn.ModuleList(nn.Linear(extra, w, bias=False) for w in self.widths)
         self.last = nn.Linear(widths[-1], 6)
 
-    def forward(
-        self, grid: Tensor, pupil: Tensor | None, extra: Tensor, modulations: list[Modulation]
-    ) -> Tensor:
-        mean = grid.mean((-1, -2), keepdim=True).clamp_min(1e-12)
-        relative = (grid / mean).clamp_max(_BRIGHTEST)
-        # sums of counts tell strain best, and in the pupil alone: linear, and stabilised
-        lit = relative if pupil is None else relative * pupil[:, None]
-        profiles = torch.cat([lit.mean(-1), lit.mean(-2)], -1)
-        profiles = torch.cat([profiles - 1, torch.sqrt(profiles + 0.05) - 1], -1)
-        stable = torch.sqrt(relative + 1) - 1.2
-        patches = stable.unfold(2, _PATCH, _STRIDE).unfold(3, _PATCH, _STRIDE)
-        hidden = self.patches(patches.flatten(4).flatten(2, 3))  # (g, b, patches, features)
+    def forward(self, seen: View, extra: Tensor, modulations: list[Modulation]) -> Tensor:
+        hidden = self.patches(seen.patches)  # (g, b, patches, features)
         gain, offset = modulations[0]
         offset = offset + self.extras[0](extra)
-        hidden = functional.gelu(hidden * (1 + gain[:, :, None]) + offset[:, :, None])
-        hidden = torch.cat([hidden.flatten(2), profiles], -1)
+        hidden = torch.addcmul(offset[:, :, None], hidden, 1 + gain[:, :, None])
+        hidden = functional.silu(hidden, inplace=True)
+        hidden = torch.cat([hidden.flatten(2), seen.profiles], -1)
         for layer, more, (gain, offset) in zip(
             self.dense, self.extras[1:], modulations[1:], strict=True
         ):
-            hidden = functional.gelu(layer(hidden) * (1 + gain) + offset + more(extra))
+            hidden = functional.silu(torch.addcmul(offset + more(extra), layer(hidden), 1 + gain))
         out: Tensor = self.last(hidden)
         return out
 
@@ -87,8 +76,8 @@ class _TwoLooks(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = _Look(16, (160, 96), 1)
-        self.second = _Look(20, (256, 256, 128), 7)
+        self.first = _Look(CELLS[0], 12, (128, 96), 1)
+        self.second = _Look(CELLS[1], 20, (304, 256, 128), 7)
 
     def _looks(
         self,
@@ -100,21 +89,23 @@ class _TwoLooks(nn.Module):
         modulations: tuple[list[Modulation], list[Modulation]],
     ) -> tuple[Tensor, Tensor]:
         """Shifts in `Reduced.units` and log σ of both looks, each (g, b, 6)."""
-        half_x, half_y = units[:, :1], units[:, 1:2]
-        nowhere = torch.zeros_like(half_x)
-        grid = _resampled(patterns, columns, rows, nowhere, nowhere, half_x, half_y, VIEW)
-        area = (2 * VIEW / CELLS) ** 2 * half_x * half_y
-        counts = torch.log((grid.sum((-1, -2)) * area).clamp_min(1))
+        half_x, half_y = units[:, 0], units[:, 1]
+        nowhere = patterns.new_zeros(patterns.shape[:2])
+        everywhere = patterns.new_ones(len(patterns), CELLS[0], CELLS[0])
+        borders = columns, rows
+        seen = view(patterns, *borders, nowhere, nowhere, half_x, half_y, VIEW, everywhere)
+        area = (2 * VIEW) ** 2 * half_x * half_y
+        counts = torch.log((seen.counts * area[:, None]).clamp_min(1))
         level = ((counts - 8) / 2.5)[..., None]
-        first = self.first(grid, None, level, modulations[0])
+        first = self.first(seen, level, modulations[0])
         known = first.detach()
         place = known[..., :3].clamp(-_FARTHEST, _FARTHEST)
-        x = _on_border(-place[..., 0] * half_x, columns)
-        y = _on_border(-place[..., 1] * half_y, rows)
-        place = torch.stack([-x / half_x, -y / half_y, place[..., 2]], -1)
-        grid = _resampled(patterns, columns, rows, x, y, half_x, half_y, CLOSE_VIEW)
+        x = _on_border(-place[..., 0] * half_x[:, None], columns)
+        y = _on_border(-place[..., 1] * half_y[:, None], rows)
+        place = torch.stack([-x / half_x[:, None], -y / half_y[:, None], place[..., 2]], -1)
+        seen = view(patterns, *borders, x, y, half_x, half_y, CLOSE_VIEW, _pupil(condition))
         extra = torch.cat([level, place, known[..., 3:]], -1)
-        second = self.second(grid, _pupil(condition), extra, modulations[1])
+        second = self.second(seen, extra, modulations[1])
         return first, torch.cat([place + 0.1 * second[..., :3], second[..., 3:]], -1)
 
 
@@ -212,10 +203,14 @@ class ReducedNet(_TwoLooks):
 
     def forward(self, counts: Tensor) -> Tensor:
         """Of counts (n, 1, ny, nx): strain, ω, χ (deg) and their σ, (n, 6)."""
-        return self.both(counts)[1]
+        return self._angles(self._labels(counts)[1])
 
     def both(self, counts: Tensor) -> tuple[Tensor, Tensor]:
         """What the first look finds, and the second, each as of `forward`."""
+        known, labels = self._labels(counts)
+        return self._angles(known), self._angles(labels)
+
+    def _labels(self, counts: Tensor) -> tuple[Tensor, Tensor]:
         first, second = (
             _split(values[None], look.widths)
             for values, look in zip(self.modulated, (self.first, self.second), strict=True)
@@ -228,7 +223,7 @@ class ReducedNet(_TwoLooks):
             self.condition[None],
             (first, second),
         )
-        return self._angles(known[0]), self._angles(labels[0])
+        return known[0], labels[0]
 
     def _angles(self, labels: Tensor) -> Tensor:
         """From `Reduced.units` and log σ, (n, 6), to strain and tilts."""
@@ -280,22 +275,6 @@ def _split(values: Tensor, widths: tuple[int, ...]) -> list[Modulation]:
     return list(zip(parts[::2], parts[1::2], strict=True))
 
 
-def _resampled(
-    patterns: Tensor,
-    columns: Tensor,
-    rows: Tensor,
-    middle_x: Tensor,
-    middle_y: Tensor,
-    half_x: Tensor,
-    half_y: Tensor,
-    view: float,
-) -> Tensor:
-    """Patterns (g, b, ny, nx) averaged on a grid around a middle (g, b or 1), in pixels."""
-    across = _overlaps(columns, middle_x, half_x, view)
-    along = _overlaps(rows, middle_y, half_y, view)
-    return along @ (patterns @ across.transpose(-1, -2))
-
-
 def _on_border(middle: Tensor, borders: Tensor) -> Tensor:
     """The nearest border between pixels to a middle (g, b), at most 0.75 pixels away.
 
@@ -306,21 +285,12 @@ def _on_border(middle: Tensor, borders: Tensor) -> Tensor:
     return middle + away.clamp(-0.75, 0.75)
 
 
-def _overlaps(borders: Tensor, middle: Tensor, half: Tensor, view: float) -> Tensor:
-    """How much of every pixel lies in every cell, per cell width: (g, b or 1, CELLS, n)."""
-    edges = torch.linspace(-view, view, CELLS + 1, device=borders.device)
-    cells = middle[..., None] + edges * half[..., None]
-    widths = borders.diff(dim=-1)[:, None, None]
-    parts = ((cells[..., None] - borders[:, None, None, :-1]) / widths).clamp_(0, 1)
-    step = (2 * view / CELLS) * half[..., None, None]
-    return parts.diff(dim=-2) * (widths / step)
-
-
 def _pupil(condition: Tensor) -> Tensor:
-    """1 on the cells of the second look that the pupil lets light into, (g, CELLS, CELLS)."""
-    t = (torch.arange(CELLS, device=condition.device) + 0.5) * (2 * CLOSE_VIEW / CELLS)
-    x = (t - CLOSE_VIEW).abs()[None, None, :]
-    y = x.transpose(1, 2)
+    """1 on the cells of the second look that the pupil lets light into, (g, n, n)."""
+    n = CELLS[1]
+    t = (torch.arange(n, device=condition.device) + 0.5) * (2 * CLOSE_VIEW / n)
+    y = (t - CLOSE_VIEW).abs()[None, None, :]
+    x = y.mT
     stop_x, stop_y = ((condition[:, i, None, None] + 1) / 2 - 0.03 for i in (1, 2))
     r = torch.hypot(x, y)
     ring = (r < 1.03) & (r > stop_x)

@@ -52,7 +52,7 @@ class _Schedule(NamedTuple):
 
 _SCHEDULES = {  # about a minute on two cores
     # it begins trained, and is worse for a while
-    "ReducedNet": _Schedule(1300, 64, 2e-3, 0.98, 0.995, patience=_VALIDATIONS),
+    "ReducedNet": _Schedule(1100, 64, 2e-3, 0.98, 0.995, patience=_VALIDATIONS),
     "SeparableNet": _Schedule(6000, 128, 8e-3, 0.999, 0.99, patience=6),
     "NanobeamNN": _Schedule(6000, 128, 2e-3, 0.999, 0.99, patience=6),
 }

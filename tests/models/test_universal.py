@@ -17,13 +17,8 @@ from nanobeam_bluesky.models.reduced import (
     random_geometry,
     reduce_geometry,
 )
-from nanobeam_bluesky.models.universal import (
-    CELLS,
-    UniversalNet,
-    _resampled,
-    _shipped,
-    universal_network,
-)
+from nanobeam_bluesky.models.universal import UniversalNet, _shipped, universal_network
+from nanobeam_bluesky.models.view import _compiled, _plain, view
 from nanobeam_bluesky.physics import cramer_rao, forward
 from nanobeam_bluesky.physics.continuous import angles
 
@@ -94,13 +89,37 @@ def test_a_rocked_film_has_its_ranges_around_another_strain():
     ] + 0.9 * abs(middle)
 
 
-def test_resampling_keeps_every_count_within_the_view():
+def looks(geometry, rng):
+    """Arguments of `view`, around middles anywhere, also beyond the pattern."""
+    reduced = reduce_geometry(geometry)
+    patterns = rng.poisson(2, (1, 6, len(reduced.rows) - 1, len(reduced.columns) - 1))
+    patterns[0, 0], patterns[0, 1, 5, 5] = 0, 10_000  # empty, and a hot pixel
+    half = torch.tensor(reduced.units[:2, None], dtype=torch.float32)
+    middles = torch.from_numpy(rng.uniform(-1.5, 1.5, (2, 1, 6)).astype(np.float32))
+    return (
+        torch.from_numpy(patterns.astype(np.float32)),
+        *(torch.from_numpy(borders)[None] for borders in (reduced.columns, reduced.rows)),
+        *(middles * half[..., None]),
+        *half,
+    )
+
+
+@pytest.mark.parametrize(("cells", "extent"), [(44, 1.4), (55, 1.2)])
+def test_the_compiled_view_equals_the_plain_one(cells, extent):
+    rng = np.random.default_rng(0)
+    for geometry in (PUBLISHED, *fresh(4)):
+        lit = torch.from_numpy(rng.integers(0, 2, (1, cells, cells)).astype(np.float32))
+        arguments = (*looks(geometry, rng), extent, lit)
+        for ours, plain in zip(_compiled(*arguments), _plain(*arguments), strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_a_view_that_holds_the_pattern_holds_its_counts():
     x = torch.rand(1, 2, 40, 50)
-    borders = [torch.arange(n + 1.0)[None] - n / 2 for n in (50, 40)]
-    nowhere, half = torch.zeros(1, 1), torch.full((1, 1), 20.0)
-    grid = _resampled(x, *borders, nowhere, nowhere, half, half, 1.4)
-    cell = (2 * 1.4 * 20 / CELLS) ** 2
-    torch.testing.assert_close(grid.sum((-1, -2)) * cell, x.sum((-1, -2)), rtol=1e-4, atol=0)
+    columns, rows = (torch.arange(n + 1.0)[None] - n / 2 for n in (50, 40))
+    half = torch.full((1,), 20.0)
+    seen = view(x, columns, rows, *torch.zeros(2, 1, 2), half, half, 1.4, torch.ones(1, 44, 44))
+    torch.testing.assert_close(seen.counts * (2 * 1.4 * 20) ** 2, x.sum((-1, -2)))
 
 
 # ------------------------------------------------------------------ the network

@@ -11,7 +11,8 @@ from nanobeam_bluesky.training.universal import train_universal
 
 
 @pytest.mark.usefixtures("one_torch_thread")
-def test_training_goes_on_where_it_ended(tmp_path):
+def test_training_goes_on_where_it_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr("nanobeam_bluesky.training.universal._TRIED", 2)
     (before,) = train_universal(tmp_path, steps=2, geometries=16)
     early = load_file(tmp_path / "checkpoint.safetensors")
     (after,) = train_universal(tmp_path, steps=3, geometries=16)
@@ -24,4 +25,6 @@ def test_training_goes_on_where_it_ended(tmp_path):
     weights = load_file(tmp_path / "weights.safetensors")
     UniversalNet().load_state_dict(weights)
     assert np.isfinite([float(w.sum()) for w in weights.values()]).all()
-    assert json.loads((tmp_path / "card.json").read_text())["steps"] == 3
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert card["steps"] == 3
+    assert all(len(errors) == 3 for errors in card["error_over_bound"].values())
