@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import sys
 import threading
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import httpx
+import pyarrow
 from bluesky_tiled_plugins import TiledWriter
 from bluesky_tiled_plugins.writing.tiled_writer import _RunWriter
 from tiled.client.container import Container
 from tiled.client.context import Context
+from tiled.client.utils import ClientError, retry_context
 
 __all__ = ["derived_writer", "raw_writer"]
 
 RAW_BATCH = 512
 """Points in a write: one costs some 40 ms, whatever its size."""
+
+_TABLE = "internal"
+"""Where TiledWriter puts the events of a stream."""
 
 
 def raw_writer(client: Container, *, backup_directory: Path | str | None = None) -> TiledWriter:
@@ -35,26 +42,25 @@ def raw_writer(client: Container, *, backup_directory: Path | str | None = None)
         client,
         batch_size=RAW_BATCH,
         patches={"descriptor": _frames_as_stack},
-        backup_directory=_text(backup_directory),
+        backup_directory=None if backup_directory is None else str(backup_directory),
     )
 
 
-def derived_writer(client: Container, *, backup_directory: Path | str | None = None) -> TiledWriter:
+def derived_writer(client: Container) -> TiledWriter:
     """Return a callback that records derived runs: ``callback.subscribe(derived_writer(…))``.
 
     Every event page is written when it comes, so that maps can be followed in Tiled
-    however slow the scan is.
+    however slow the scan is. A run whose start document comes again is continued, nothing
+    is written twice: ``BackgroundSink(derived_writer(…), spool=folder)`` survives a dead server.
 
     Parameters
     ----------
     client
         A catalogue of runs, such as ``open_catalog(folder)["derived"]``.
-    backup_directory
-        Where a run goes, as JSON lines, if Tiled fails during it.
     """
     # Derived documents follow today's event-model; the default normalizer would copy
     # and validate each of them again, for 0.34 ms a point.
-    return DerivedWriter(client, normalizer=None, backup_directory=_text(backup_directory))
+    return DerivedWriter(client, normalizer=None)
 
 
 _LOCKS: WeakKeyDictionary[Context, threading.Lock] = WeakKeyDictionary()
@@ -77,24 +83,94 @@ class _Writer(TiledWriter):
 
 
 class DerivedWriter(_Writer):
-    """TiledWriter whose unit of writing is the event page."""
+    """TiledWriter whose unit of writing is the event page, and that knows what it has.
 
-    def _factory(self, name: str, doc: Any) -> tuple[list[Any], list[Any]]:
-        (callback,), subfactories = super()._factory(name, doc)
-        writer = _PageRunWriter(self.client, batch_size=sys.maxsize)
-        if self.backup_directory is None:
-            return [writer], subfactories
-        callback.primary_callback = writer
-        return [callback], subfactories
+    A run whose start document comes again is continued: what is in Tiled already is not
+    written a second time, whether this process or another one wrote it.
+    """
+
+    def __init__(self, client: Container, **options: Any) -> None:
+        super().__init__(client, **options)
+        self._runs: dict[str, _PageRunWriter] = {}
+        self._run_of: dict[str, str] = {}  # descriptor → run
+
+    def __call__(self, name: str, doc: Any) -> None:
+        # not by event-model's RunRouter: to that, a second start document is an error
+        with self._lock:
+            if name == "start":
+                run = doc["uid"]
+                self._runs[run] = _PageRunWriter(self.client, batch_size=sys.maxsize)
+            else:
+                run = doc["run_start"] if "run_start" in doc else self._run_of[doc["descriptor"]]
+                if name == "descriptor":
+                    self._run_of[doc["uid"]] = run
+            self._runs[run](name, doc)
+            if name == "stop":
+                del self._runs[run]
+                self._run_of = {uid: of for uid, of in self._run_of.items() if of != run}
 
 
 class _PageRunWriter(_RunWriter):
+    _resumed = False
+    """Whether some of the run was there before."""
+
+    def start(self, doc: Any) -> None:
+        try:
+            super().start(doc)
+        except ClientError as error:
+            if error.response.status_code != HTTPStatus.CONFLICT:
+                raise
+            self.root_node = self.client[doc["uid"]]
+            self._resumed = True
+
+    def descriptor(self, doc: Any) -> None:
+        name = doc["name"]
+        if self._resumed and name in self.root_node:
+            stream = self._desc_nodes[name] = self._desc_nodes[doc["uid"]] = self.root_node[
+                name
+            ].base
+            self.data_keys.update(doc["data_keys"])
+            if _TABLE in stream:
+                self._internal_tables[name] = stream[_TABLE]
+        else:
+            super().descriptor(doc)
+
     def event_page(self, doc: Any) -> None:
         super().event_page(doc)
         stream = self._desc_nodes[doc["descriptor"]]
-        rows = self._internal_data_cache[stream.item["id"]]
+        name = stream.item["id"]
+        rows = self._internal_data_cache[name]
+        if self._resumed and name in self._internal_tables:
+            rows = _missing(rows, self._internal_tables[name])
+        self._internal_data_cache[name] = []
         self._write_internal_data(rows, desc_node=stream)
-        rows.clear()
+
+    def _append_with_retry(self, df_client: Any, table: Any, desc_name: str) -> None:
+        """Append rows; once, also where the server has done so and not said it."""
+        try:
+            df_client.append_partition(0, table)
+        except httpx.HTTPError as error:
+            status = getattr(getattr(error, "response", None), "status_code", 500)
+            if status < 500:
+                raise
+            for attempt in retry_context():
+                with attempt:
+                    rows = _missing(table.to_pylist(), df_client)
+                    if rows:
+                        part = pyarrow.Table.from_pylist(rows, schema=table.schema)
+                        df_client.append_partition(0, part)
+
+    def stop(self, doc: Any) -> None:
+        if self._resumed and self.root_node.metadata.get("stop"):
+            return
+        super().stop(doc)
+
+
+def _missing(rows: list[dict[str, Any]], table: Any) -> list[dict[str, Any]]:
+    """Return the rows that a table does not have; a point comes again with another time."""
+    there = table.read(["seq_num", "time"])
+    known = set(zip(there["seq_num"].tolist(), there["time"].tolist(), strict=True))
+    return [row for row in rows if (row["seq_num"], row["time"]) not in known]
 
 
 def _frames_as_stack(descriptor: Any) -> Any:
@@ -106,7 +182,3 @@ def _frames_as_stack(descriptor: Any) -> Any:
         if "external" in key and len(key["shape"]) == 3 and key["shape"][0] == 1:
             key["shape"] = key["shape"][1:]
     return descriptor
-
-
-def _text(path: Path | str | None) -> str | None:
-    return None if path is None else str(path)

@@ -1,19 +1,32 @@
-"""`BackgroundSink`: order, isolation, the failure policy, and the way out."""
+"""`BackgroundSink`: order, isolation, the failure policy, the spool, and the way out."""
 
 import gc
+import itertools
+import json
 import logging
+import shutil
+import socket
 import subprocess
 import sys
 import threading
+import time
 import weakref
 
+import numpy as np
 import pytest
+import tiled.client.utils
 from bluesky import RunEngine
 from bluesky.plans import count
 from event_model import compose_run
 from ophyd.sim import det
+from tiled.client import from_context, from_uri
+from tiled.client.context import Context
 
+from nanobeam_bluesky.callbacks import sink as module
+from nanobeam_bluesky.callbacks import spool
 from nanobeam_bluesky.callbacks.sink import BackgroundSink
+from nanobeam_bluesky.tiled_adapters import derived_writer, open_catalog, serve
+from nanobeam_bluesky.tiled_adapters.catalog import build_app
 
 
 class Recorder:
@@ -48,6 +61,13 @@ def run_documents(num_events=3):
         *events,
         ("stop", run.compose_stop()),
     ]
+
+
+def until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -193,17 +213,197 @@ for i in range(10):
     assert done.returncode == 0
 
 
-def test_interpreter_exit_is_not_held_up_by_a_stuck_callback():
+def test_interpreter_exit_is_not_held_up_by_a_stuck_callback(tmp_path, open_sink):
     script = """
-import time
+import sys, time
 from nanobeam_bluesky.callbacks import sink
 sink.EXIT_SECONDS = 0.2
 stuck = sink.BackgroundSink(lambda name, doc: time.sleep(1000))
 stuck("start", {"uid": "a"})
 stuck("stop", {"uid": "b", "run_start": "a"})
+saved = sink.BackgroundSink(lambda name, doc: time.sleep(1000), spool=sys.argv[1])
+saved("start", {"uid": "a"})
+saved("stop", {"uid": "b", "run_start": "a"})
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", script, tmp_path], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0
     assert "2 documents were not delivered" in done.stderr
+    assert "2 documents wait in" in done.stderr
+    after = Recorder()
+    open_sink(after, spool=tmp_path)
+    until(lambda: [name for name, _ in after.documents] == ["start", "stop"])
+
+
+# ------------------------------------------------------------------------- spool
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Retries at once."""
+    monkeypatch.setattr(tiled.client.utils, "TILED_RETRY_ATTEMPTS", 1)
+    monkeypatch.setattr(module, "RETRY_SECONDS", (0.05,))
+
+
+def check_run(client, documents):
+    """Every event is there once, in order, and the run is complete."""
+    run = client[documents[0][1]["uid"]]
+    table = run["primary"].base["internal"].read()
+    pages = [doc for name, doc in documents if name == "event_page"]
+    assert table["seq_num"].tolist() == [n for page in pages for n in page["seq_num"]]
+    strain = np.concatenate([page["data"]["strain"] for page in pages])
+    np.testing.assert_array_equal(table["strain"].to_numpy(), strain)
+    assert run.metadata["stop"]["exit_status"] == "success"
+
+
+@pytest.mark.usefixtures("quick")
+def test_runs_wait_for_a_server_that_is_down_also_in_the_next_process(
+    tmp_path, derived_documents, open_sink
+):
+    first, second = derived_documents((4, 5), page=4), derived_documents((2, 3), page=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with serve(tmp_path / "runs", port=port) as url:
+        client = from_uri(url)["derived"]
+        before = open_sink(derived_writer(client), spool=tmp_path / "spool")
+        for name, doc in first[:4]:
+            before(name, doc)
+        assert before.wait(10)
+        assert before.health.delivered == 4
+    for name, doc in first[4:] + second:
+        before(name, doc)
+    assert before.wait(10)
+    assert before.health.spooled >= len(first[4:] + second)
+    assert before.close(10)
+    client.context.close()
+    with serve(tmp_path / "runs", port=port) as url:
+        client = from_uri(url)["derived"]
+        after = open_sink(derived_writer(client), spool=tmp_path / "spool")
+        until(lambda: not after.health.spooled)
+        assert after.health.errors == 0, after.health.last_error
+        check_run(client, first)
+        check_run(client, second)
+        assert not list((tmp_path / "spool").glob("*.jsonl"))
+        client.context.close()
+
+
+@pytest.mark.usefixtures("quick")
+def test_rows_are_written_once_though_the_server_says_500_after_it_has_written_them(
+    tmp_path, derived_documents, open_sink
+):
+    failures = {"PATCH": 2, "POST": 1}
+
+    def at_fault(app):
+        """Answer 500 to some requests that were in fact done."""
+
+        async def answer(scope, receive, send):
+            async def lie(message):
+                if message["type"] == "http.response.start" and message["status"] < 300:
+                    method = scope["method"]
+                    if scope["path"].startswith("/api/v1") and failures.get(method, 0):
+                        failures[method] -= 1
+                        message = message | {"status": 500}
+                await send(message)
+
+            await app(scope, receive, lie)
+
+        return answer
+
+    open_catalog(tmp_path).context.close()
+    app = build_app(tmp_path, ())
+    app.middleware_stack = at_fault(app.build_middleware_stack())
+    client = from_context(Context.from_app(app))["derived"]
+    documents = derived_documents((4, 5), page=4)
+    target = open_sink(derived_writer(client), spool=tmp_path / "spool")
+    for name, doc in documents:
+        target(name, doc)
+    until(lambda: target.wait(10) and not target.health.spooled)
+    assert failures == {"PATCH": 0, "POST": 0}
+    check_run(client, documents)
+    client.context.close()
+
+
+def test_a_slow_callback_fills_the_disk_and_not_the_memory(tmp_path, monkeypatch, open_sink):
+    monkeypatch.setattr(module, "SLOW_DOCUMENTS", 5)
+    recorder = Recorder()
+    recorder.gate.clear()
+    slow = open_sink(recorder, spool=tmp_path)
+    runs = [run_documents(4) for _ in range(5)]
+    for name, doc in itertools.chain(*runs):
+        slow(name, doc)
+    recorder.gate.set()
+    until(lambda: slow.wait(10) and not slow.health.spooled)
+    order = [doc["uid"] for name, doc in recorder.documents if name == "stop"]
+    assert order == [documents[-1][1]["uid"] for documents in runs]
+    events = [doc["uid"] for name, doc in recorder.documents if name == "event"]
+    assert events == [doc["uid"] for run in runs for name, doc in run if name == "event"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_is_refused_for_good_is_set_aside_and_the_next_run_goes_on(tmp_path, open_sink):
+    down = [True]
+    bad, good = run_documents(), run_documents()
+
+    def take(name, doc):
+        if down[0]:
+            raise ConnectionRefusedError("down")
+        if doc is not None and doc["uid"] == bad[2][1]["uid"]:
+            raise ValueError("no such column")
+        taken.append(name)
+
+    taken = []
+    target = open_sink(take, spool=tmp_path)
+    for name, doc in bad + good:
+        target(name, doc)
+    assert target.wait(10)
+    down[0] = False
+    until(lambda: not target.health.spooled)
+    assert taken == ["start", "descriptor"] + [name for name, _ in good]
+    (kept,) = tmp_path.glob("*.refused.jsonl")
+    assert [json.loads(line)[0] for line in kept.read_text().splitlines()] == [n for n, _ in bad]
+    assert "no such column" in target.health.last_error
+
+
+def test_a_full_disk_ends_the_spool_and_says_so(tmp_path, monkeypatch, open_sink, caplog):
+    def take(name, doc):
+        raise ConnectionRefusedError("down")
+
+    monkeypatch.setattr(spool, "FREE_BYTES", 2 * shutil.disk_usage(tmp_path).free)
+    target = open_sink(take, spool=tmp_path)
+    for name, doc in run_documents():
+        target(name, doc)
+    assert target.wait(10)
+    assert target.health.skipped == 6
+    assert "GB are free" in target.health.last_error
+    assert "is lost" in caplog.text
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path):
+    first = spool.Spool(tmp_path)
+    first.add("../a/b", [("start", {"uid": "../a/b"}), ("stop", {"x": float("nan")})])
+    first.close()
+    (path,) = tmp_path.glob("*.jsonl")
+    path.write_text(path.read_text()[:-3])
+    second = spool.Spool(tmp_path)
+    (run,) = second.runs()
+    assert list(second.documents(run)) == [("start", {"uid": "../a/b"})]
+    with pytest.raises(BlockingIOError, match="in use by another process"):
+        spool.Spool(tmp_path)
+    second.close()
+
+
+def test_close_puts_on_disk_what_a_stuck_callback_has_not_taken(tmp_path, open_sink):
+    recorder = Recorder()
+    recorder.gate.clear()
+    stuck = open_sink(recorder, spool=tmp_path)
+    documents = run_documents()
+    for name, doc in documents:
+        stuck(name, doc)
+    assert not stuck.close(0.05)
+    recorder.gate.set()
+    assert stuck.close(10)
+    after = Recorder()
+    open_sink(after, spool=tmp_path)
+    until(lambda: [name for name, _ in after.documents] == [name for name, _ in documents])

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 import h5py
 import numpy as np
 import pytest
-from bluesky_tiled_plugins import TiledWriter
 from event_model import compose_run
 from tiled.client import from_uri
 
@@ -99,7 +98,7 @@ for name, doc in json.load(sys.stdin):
 def test_writers_of_one_client_write_one_after_the_other(catalog, derived_documents, monkeypatch):
     """SQLite gives up on a second writer where the disk is slow, and its run lost a document."""
     runs = [derived_documents((4, 5), page=5) for _ in range(3)]
-    plain, active, together = TiledWriter.__call__, [], []
+    plain, active, together = writers._PageRunWriter.__call__, [], []
 
     def watched(self, name, doc):
         active.append(name)
@@ -107,7 +106,7 @@ def test_writers_of_one_client_write_one_after_the_other(catalog, derived_docume
         together.append(len(active))
         active.remove(name)
 
-    monkeypatch.setattr(TiledWriter, "__call__", watched)
+    monkeypatch.setattr(writers._PageRunWriter, "__call__", watched)
 
     def write(documents):
         writer = derived_writer(catalog["derived"])
@@ -234,9 +233,9 @@ def test_frames_outside_the_readable_folders_are_refused(tmp_path):
     client.context.close()
 
 
-def test_failed_run_goes_to_the_backup(catalog, tmp_path, derived_documents):
-    documents = derived_documents((2, 3))
-    write = derived_writer(catalog["derived"], backup_directory=tmp_path / "backup")
+def test_a_failed_raw_run_goes_to_the_backup(catalog, tmp_path):
+    documents = list(raw_documents(tmp_path / "scan.h5"))
+    write = raw_writer(catalog["raw"], backup_directory=tmp_path / "backup")
     for name, doc in documents:
         write(name, doc)
     for name, doc in documents:  # the same uid twice is a conflict
@@ -244,6 +243,16 @@ def test_failed_run_goes_to_the_backup(catalog, tmp_path, derived_documents):
     (file,) = (tmp_path / "backup").iterdir()
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["name"] for line in lines] == [name for name, _ in documents]
+
+
+def test_a_derived_run_that_comes_again_is_written_once(catalog, derived_documents):
+    documents = derived_documents((2, 3), page=2)
+    write = derived_writer(catalog["derived"])
+    for pairs in (documents[:3], documents, documents):
+        for name, doc in pairs:
+            write(name, doc)
+    run = catalog["derived"][documents[0][1]["uid"]]
+    assert run["primary"].base["internal"].read()["seq_num"].tolist() == [1, 2, 3, 4, 5, 6]
 
 
 def test_catalogues_of_one_process_do_not_lock_each_other_out(catalog, tmp_path):
