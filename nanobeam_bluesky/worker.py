@@ -216,6 +216,7 @@ def main() -> None:
     os.dup2(2, 1)  # whatever prints must not end up between the messages
     logging.basicConfig(level=logging.WARNING, format="nanobeam worker: %(message)s")
     _warm_up()
+    send(answers, {"kind": "ready"})
     serve(sys.stdin.buffer, answers)
 
 

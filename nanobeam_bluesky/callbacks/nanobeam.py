@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -60,12 +60,24 @@ class Health:
     """Documents not looked at yet."""
     worker_pid: int | None
     """Process id of the worker; None while there is none."""
+    worker_ready: bool
+    """Whether it is warm: it has imported and compiled what it needs, some 3 s after its start."""
     worker_restarts: int
     """How often the worker process had to be started again."""
+    spooled: int
+    """Derived documents that wait on disk for a sink (`BackgroundSink`)."""
     errors: int
     """Things that went wrong."""
     last_error: str
     """The last of them."""
+
+    def __str__(self) -> str:
+        """One line, for the log."""
+        return ", ".join(
+            f"{name} {value:.1f}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in asdict(self).items()
+            if value not in ("", None)
+        )
 
 
 class NanobeamCallback:
@@ -229,7 +241,9 @@ class NanobeamCallback:
             queue_bytes=sum(run.queue_bytes for run in runs),
             documents_pending=self._queue.qsize(),
             worker_pid=self._worker.pid,
+            worker_ready=self._worker.ready,
             worker_restarts=self._worker.restarts,
+            spooled=sum(s.spooled for s in sinks),
             errors=self._tally.errors + sum(s.errors for s in sinks),
             last_error=self._tally.last_error
             or next((s.last_error for s in sinks if s.last_error), ""),
@@ -328,6 +342,7 @@ class NanobeamCallback:
     def _forget_closed(self) -> None:
         for uid in [uid for uid, run in self._runs.items() if run.closed]:
             del self._runs[uid]
+            logger.info("run %s is done; so far: %s", str(uid)[:8], self.health)
             for key in [k for k, raw in self._descriptors.items() if raw == uid]:
                 del self._descriptors[key]
 

@@ -48,6 +48,8 @@ class WorkerClient:
 
     def __init__(self, notify: Callable[[Any], None]) -> None:
         self.restarts = 0
+        self.ready = False
+        """Whether the worker has imported and compiled what it needs."""
         self._notify = notify
         self._runs: dict[str, _Run] = {}
         self._tasks: dict[tuple[str, int], tuple[RunPipeline, Task]] = {}
@@ -93,6 +95,9 @@ class WorkerClient:
         if message is None:
             self._died()
             return
+        if message["kind"] == "ready":  # no answer yet: what comes first may still end it
+            self.ready = True
+            return
         self._fruitless = 0
         run = self._runs.get(message["run"])
         if run is None:
@@ -119,6 +124,7 @@ class WorkerClient:
     def shutdown(self) -> None:
         """End the worker."""
         process, self._process = self._process, None
+        self.ready = False
         if process is None:
             return
         with contextlib.suppress(OSError):
@@ -162,6 +168,7 @@ class WorkerClient:
 
     def _died(self) -> None:
         assert self._process is not None and self._process.stdin is not None
+        self.ready = False
         code = self._process.wait()
         with contextlib.suppress(OSError):
             self._process.stdin.close()
