@@ -259,6 +259,34 @@ def calibrate(
         _say(f"corrected geometry {new.fingerprint()} in {out}")
 
 
+@app.command()
+def check(
+    run: Annotated[
+        str,
+        typer.Option(help="Start document (JSON), documents of a run (JSON lines), or a UID."),
+    ],
+    preset: Annotated[
+        str, typer.Option(help="Preset, or path of one; auto: the first shipped that matches.")
+    ] = "auto",
+    catalog: Annotated[
+        str | None,
+        typer.Option(help="Where to look a UID up: folder, address of a Tiled server, or profile."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture of the simulated and the mean measured pattern.")
+    ] = None,
+    store: Store = None,
+) -> None:
+    """Show what a preset finds in a run, field by field, and what is missing."""
+    from nanobeam_bluesky.check import run_check
+
+    try:
+        ok = run_check(run, preset, console, catalog=catalog, store=store, plot=plot)
+    except ValueError as error:
+        _stop(str(error), code=2)
+    raise typer.Exit(0 if ok else 1)
+
+
 @models.command("import")
 def import_model(
     file: Annotated[Path, typer.Argument(help="A published .pth file. Nothing of it is run.")],

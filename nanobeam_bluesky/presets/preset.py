@@ -213,25 +213,30 @@ class Preset(_Strict):
 
     def detector_key(self, start: Mapping[str, Any]) -> str | None:
         """Data key of the frames, or None to take the only image."""
-        return self._detector(start, None)[1]
+        return self._detector(start)[1].value
+
+    def detector_finding(self, start: Mapping[str, Any]) -> Finding:
+        """Data key of the frames, as far as the start document tells, and where it does."""
+        return self._detector(start)[1]
 
     def _detector(
-        self, start: Mapping[str, Any], frames: str | None
-    ) -> tuple[str | None, str | None, str]:
-        """Name in `detectors`, data key, and where they were found, as far as known."""
+        self, start: Mapping[str, Any], frames: str | None = None
+    ) -> tuple[str | None, Finding]:
+        """Name in `detectors`, if it is there, and data key; `frames` if nothing else tells."""
         look = Lookup(start, {}, {})
         found = look.find(self.detector.key)
         if found is not None:
-            return *self._named(str(found.value)), found.where
+            name, key = self._named(str(found.value))
+            return name, Finding(key, found.where)
         found = look.find(self.detector.name)
         if found is not None:
-            names = [found.value] if isinstance(found.value, str) else list(found.value)
-            for name, constants in self.detectors.items():
-                if name in names:
-                    return name, constants.get("key"), found.where
-        if frames is not None:
-            return *self._named(frames), "the only image"
-        return None, None, ""
+            has = [found.value] if isinstance(found.value, str) else list(found.value)
+            names = [name for name in self.detectors if name in has]
+            if names:
+                where = found.where + (f", first of {', '.join(names)}" if names[1:] else "")
+                return names[0], Finding(self.detectors[names[0]].get("key"), where)
+        name = self._named(frames)[0] if frames is not None else None
+        return name, Finding(None, _describe_axes(self.detector.key))
 
     def _named(self, text: str) -> tuple[str | None, str]:
         """Name and data key of a detector that is named by either."""
@@ -331,7 +336,7 @@ class Preset(_Strict):
     ) -> dict[str, Finding]:
         """Look every field up and convert it to its unit; see `read_geometry`."""
         look = Lookup(start, baseline or {}, configuration or {})
-        detector, _, _ = self._detector(start, frames)
+        detector, _ = self._detector(start, frames)
         constants = self.detectors.get(detector, {}) if detector is not None else {}
         findings = {}
         for name in dict.fromkeys((*self.geometry, *(n for n in constants if n != "key"))):
