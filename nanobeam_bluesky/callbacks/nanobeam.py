@@ -110,6 +110,9 @@ class NanobeamCallback:
         of the geometry (`models.calibrate`); the derived run begins after that.
     device
         Torch device of the worker.
+    root_map
+        Where folders of the documents are mounted here, e.g. {"/ioc/data": "/data",
+        "//ioc1/data": "/data"} for paths and for URIs of another host.
 
     Notes
     -----
@@ -127,6 +130,7 @@ class NanobeamCallback:
         fit: Sequence[str] = DEFAULT_FIT,
         calibrate: bool = False,
         device: str = "auto",
+        root_map: Mapping[str, str] | None = None,
     ) -> None:
         for name, value, allowed in (
             ("analyzer", analyzer, Method),
@@ -138,6 +142,7 @@ class NanobeamCallback:
         self._preset = Preset.load(preset)
         self._choice = AnalyzerChoice(analyzer, on_missing_model, tuple(fit), calibrate, device)
         self._roi = roi
+        self._root_map = dict(root_map or {})
         self._tally = Tally()
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._sinks: dict[int, BackgroundSink] = {}
@@ -306,13 +311,23 @@ class NanobeamCallback:
             return None
         if name in ("descriptor", "stop", "stream_resource", "resource"):
             raw = doc.get("run_start")
+            if raw is None and name == "resource":  # older ones do not say
+                raw = self._only_run()
             if raw in self._runs and name != "stop":
                 self._descriptors[doc["uid"]] = raw
         elif name in ("stream_datum", "event", "event_page"):
             raw = self._descriptors.get(doc["descriptor"])
+            if raw is None and name == "stream_datum":  # before its descriptor
+                raw = self._descriptors.get(doc["stream_resource"])
+        elif name in ("datum", "datum_page", "bulk_datum"):
+            raw = self._descriptors.get(doc["resource"]) or self._only_run()
         else:
             return None
         return self._runs.get(raw) if raw is not None else None
+
+    def _only_run(self) -> str | None:
+        """Uid of the open run, if there is one: for documents that do not say theirs."""
+        return next(iter(self._runs)) if len(self._runs) == 1 else None
 
     def _begin(self, start: Mapping[str, Any]) -> None:
         uid = start["uid"]
@@ -326,6 +341,7 @@ class NanobeamCallback:
             choice=self._choice,
             roi=self._roi,
             tally=self._tally,
+            root_map=self._root_map,
         )
         if not run.closed:
             self._runs[uid] = run

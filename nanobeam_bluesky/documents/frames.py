@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
 from enum import IntEnum
 from functools import lru_cache
 from typing import Any
@@ -14,12 +15,21 @@ import hdf5plugin  # noqa: F401  registers the compression filters of detectors
 import numpy as np
 from numpy.typing import NDArray
 
+from nanobeam_bluesky.documents.formats import (
+    HandlerReader,
+    NeverError,
+    NotYetError,
+    check_regular,
+    read_tiff,
+)
 from nanobeam_bluesky.documents.references import PointBlock, StoredRows
 from nanobeam_bluesky.geometry import Geometry, GeometryError
 
 __all__ = ["FrameReader", "ReadStatus", "bin_frames"]
 
 MAX_OPEN_FILES = 16
+MAX_FRAMES = 4096
+"""Frames that are read at once, where a point has several."""
 
 
 class ReadStatus(IntEnum):
@@ -30,14 +40,6 @@ class ReadStatus(IntEnum):
     """Not readable yet: the file is not there, or not that far."""
     NEVER = 2
     """Cannot be read, however long one waits."""
-
-
-class NotYetError(Exception):
-    """The file or the rows are not there yet."""
-
-
-class NeverError(Exception):
-    """What is there is not what is needed."""
 
 
 class FrameReader:
@@ -54,9 +56,11 @@ class FrameReader:
     def __init__(self, geometry: Geometry) -> None:
         self.geometry = geometry
         self._files: OrderedDict[str, tuple[h5py.File, dict[str, Any]]] = OrderedDict()
+        self._handlers = HandlerReader()
 
     def close(self) -> None:
         """Close every file."""
+        self._handlers.close()
         for path in list(self._files):
             self._forget(path)
 
@@ -77,7 +81,7 @@ class FrameReader:
             Why a point could not be read; "" if all were.
         """
         n = block.count
-        frames, status, reason = self._rows(block, self._frame_rows)
+        frames, status, reason = self._rows(block, frames=True)
         patterns = np.zeros((n, *self.geometry.pattern_shape), dtype=np.float32)
         saturated = np.zeros(n, dtype=bool)
         ok = status == ReadStatus.OK
@@ -87,17 +91,19 @@ class FrameReader:
 
     def scalars(self, block: PointBlock) -> tuple[NDArray[np.float64], NDArray[np.int8], str]:
         """Read one number a point: values (n,), NaN where not read, status (n,), reason."""
-        values, status, reason = self._rows(block, self._scalar_rows)
+        values, status, reason = self._rows(block, frames=False)
         numbers = np.full(block.count, np.nan)
         ok = status == ReadStatus.OK
         if values is not None and ok.any():
             numbers[ok] = values[ok]
+        if block.stored is not None:
+            numbers *= block.stored.scale
         return numbers, status, reason
 
     # ------------------------------------------------------------------ internals
 
     def _rows(
-        self, block: PointBlock, read: Any
+        self, block: PointBlock, *, frames: bool
     ) -> tuple[NDArray[Any] | None, NDArray[np.int8], str]:
         """Read what can be read of a block; a bad row costs its own point only."""
         status = np.zeros(block.count, dtype=np.int8)
@@ -108,13 +114,19 @@ class FrameReader:
             return None, status, block.problem
         stored = block.stored
         reason = ""
+        if stored.rows_per_file or stored.handler:
+            return self._elsewhere(block, status, frames=frames)
+        read = self._frame_rows if frames else self._scalar_rows
         try:
             dataset = self._dataset(stored)
-            available = max(0, dataset.shape[0] - stored.row) // stored.rows_per_point
+            length = dataset.shape[0] if dataset.ndim < 4 else dataset.shape[0] * dataset.shape[1]
+            stored = _shared(stored, length)
+            block = replace(block, stored=stored)
+            available = max(0, length - stored.row) // stored.rows_per_point
             if available < block.count:
                 status[available:] = ReadStatus.RETRY
                 reason = (
-                    f"{stored.path}:{stored.dataset} has {dataset.shape[0]} rows, row "
+                    f"{stored.path}:{stored.dataset} has {length} rows, row "
                     f"{stored.row + block.count * stored.rows_per_point - 1} was announced"
                 )
                 if not self._files[stored.path][0].swmr_mode:
@@ -141,7 +153,7 @@ class FrameReader:
         return _padded(values, block.count), status, reason
 
     def _one_by_one(
-        self, block: PointBlock, n: int, read: Any, status: NDArray[np.int8]
+        self, block: PointBlock, n: int, read: Callable[..., NDArray[Any]], status: NDArray[np.int8]
     ) -> tuple[NDArray[Any] | None, NDArray[np.int8], str]:
         assert block.stored is not None
         values: list[Any] = [None] * n
@@ -163,6 +175,63 @@ class FrameReader:
         blank = np.zeros_like(good[0])
         rows = np.stack([blank if v is None else v for v in values])
         return _padded(rows, block.count), status, reason
+
+    def _elsewhere(
+        self, block: PointBlock, status: NDArray[np.int8], *, frames: bool
+    ) -> tuple[NDArray[Any] | None, NDArray[np.int8], str]:
+        """Read from a sequence of files, or by a handler: point by point."""
+        assert block.stored is not None
+        values: list[Any] = [None] * block.count
+        reason = ""
+        for i in range(block.count):
+            stored = block.part(block.first + i, block.first + i + 1).stored
+            assert stored is not None
+            try:
+                rows = (self._handled if stored.handler else self._numbered)(stored, frames)
+                one = len(rows) == 1
+                values[i] = rows[0] if one else rows.sum(axis=0) if frames else rows.mean()
+            except NotYetError as error:
+                status[i], reason = ReadStatus.RETRY, str(error)
+            except (NeverError, GeometryError) as error:
+                status[i], reason = ReadStatus.NEVER, f"{stored.path}: {error}"
+            except Exception as error:  # of a damaged file
+                self.close()
+                status[i], reason = ReadStatus.RETRY, f"{stored.path}: {error}"
+        good = [v for v in values if v is not None]
+        if not good:
+            return None, status, reason
+        blank = np.zeros_like(good[0])
+        return np.stack([blank if v is None else v for v in values]), status, reason
+
+    def _numbered(self, stored: StoredRows, frames: bool) -> NDArray[Any]:
+        """Read the rows of one point from the files of a sequence."""
+        rows = []
+        for row in range(stored.row, stored.row + stored.rows_per_point):
+            number, page = divmod(row, stored.rows_per_file)
+            path = stored.path.format(number)
+            if stored.dataset:
+                one = StoredRows(path, stored.dataset, page)
+                dataset = self._dataset(one)
+                if page >= dataset.shape[0]:
+                    raise NotYetError(f"{path}:{stored.dataset} has no row {page}")
+                read = self._frame_rows if frames else self._scalar_rows
+                rows.append(read(dataset, one, 1)[0])
+            else:
+                image = read_tiff(path, page)
+                if image.ndim != 2 or image.dtype.kind not in "uifb":
+                    raise NeverError(f"expected a grey image, found {image.shape} {image.dtype}")
+                self.geometry.roi.check_inside(image.shape)
+                rows.append(image[self.geometry.roi.slices])
+        return np.stack(rows)
+
+    def _handled(self, stored: StoredRows, frames: bool) -> NDArray[Any]:
+        """Return the rows of one point of what a handler reads."""
+        values = self._handlers.read(stored, self.geometry.roi if frames else None)
+        stored = _shared(stored, len(values))
+        rows = values[stored.row : stored.row + stored.rows_per_point]
+        if len(rows) < stored.rows_per_point:
+            raise NotYetError(f"{stored.path} has {len(values)} rows, none for row {stored.row}")
+        return rows
 
     def _is_short(self, path: str) -> bool:
         """Whether the file is truncated: in SWMR mode HDF5 gives zeros for what is cut off."""
@@ -200,12 +269,7 @@ class FrameReader:
         if path in self._files:
             self._files.move_to_end(path)
             return self._files[path]
-        try:
-            mode = os.stat(path).st_mode
-        except OSError as error:
-            raise NotYetError(f"{path}: {error.strerror or error}") from error
-        if not stat.S_ISREG(mode):
-            raise NeverError("not a regular file")
+        check_regular(path)
         try:
             file = h5py.File(path, "r", libver="latest", swmr=True)
         except (OSError, ValueError):
@@ -223,21 +287,60 @@ class FrameReader:
             self._files.pop(path)[0].close()
 
     def _frame_rows(self, dataset: Any, stored: StoredRows, n: int) -> NDArray[Any]:
-        if dataset.ndim != 3:
+        if dataset.ndim not in (3, 4):
             raise NeverError(f"expected frames (n, rows, columns), found shape {dataset.shape}")
         roi = self.geometry.roi
         rows, cols = (slice(None), slice(None)) if stored.cut else roi.slices
         if not stored.cut:
-            roi.check_inside(dataset.shape[1:])
+            roi.check_inside(dataset.shape[-2:])
         k = stored.rows_per_point
-        frames: NDArray[Any] = dataset[stored.row : stored.row + n * k, rows, cols]
-        return frames if k == 1 else frames.reshape(n, k, *frames.shape[1:]).sum(axis=1)
+        if k == 1:
+            return _consecutive(dataset, stored.row, n, rows, cols)
+        if n * k <= MAX_FRAMES:
+            frames = _consecutive(dataset, stored.row, n * k, rows, cols)
+            sums: NDArray[Any] = frames.reshape(n, k, *frames.shape[1:]).sum(axis=1)
+            return sums
+        points = []
+        for row in range(stored.row, stored.row + n * k, k):
+            parts = range(row, row + k, MAX_FRAMES)
+            parts_of_point = [
+                _consecutive(dataset, r, min(MAX_FRAMES, row + k - r), rows, cols).sum(axis=0)
+                for r in parts
+            ]
+            points.append(np.sum(parts_of_point, axis=0))
+        return np.stack(points)
 
     @staticmethod
     def _scalar_rows(dataset: Any, stored: StoredRows, n: int) -> NDArray[Any]:
         values = dataset[stored.row : stored.row + n * stored.rows_per_point]
         mean: NDArray[Any] = np.asarray(values, dtype=float).reshape(n, -1).mean(axis=1)
         return mean
+
+
+def _shared(stored: StoredRows, length: int) -> StoredRows:
+    """Return the rows of a dataset that points share, now that its length is known."""
+    if not stored.shared_by:
+        return stored
+    if length < stored.shared_by or length % stored.shared_by:
+        raise NotYetError(
+            f"{stored.path}:{stored.dataset} has {length} rows, which {stored.shared_by} points "
+            "do not share equally"
+        )
+    k = length // stored.shared_by
+    return replace(stored, row=stored.row * k, rows_per_point=k, shared_by=0)
+
+
+def _consecutive(dataset: Any, row: int, count: int, rows: slice, cols: slice) -> NDArray[Any]:
+    """Read frames (n, rows, columns); those of a dataset (m, k, …) follow each other."""
+    frames: NDArray[Any]
+    if dataset.ndim == 3:
+        frames = dataset[row : row + count, rows, cols]
+        return frames
+    k = dataset.shape[1]
+    first = row // k
+    frames = dataset[first : -(-(row + count) // k), :, rows, cols]
+    frames = frames.reshape(-1, *frames.shape[2:])
+    return frames[row - first * k :][:count]
 
 
 def _padded(values: NDArray[Any], count: int) -> NDArray[Any]:

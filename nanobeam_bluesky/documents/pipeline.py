@@ -107,6 +107,8 @@ class RunPipeline:
         Overrides the geometry's ROI.
     tally
         Counts are added to it.
+    root_map
+        Folders of the documents' paths → where they are mounted here.
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class RunPipeline:
         choice: AnalyzerChoice | None = None,
         roi: ROI | None = None,
         tally: Tally | None = None,
+        root_map: Mapping[str, str] | None = None,
     ) -> None:
         self.key = str(uuid.uuid4())
         self.start = start
@@ -145,7 +148,7 @@ class RunPipeline:
         self._retries: list[_Pending] = []
         self._in_flight: dict[int, tuple[Task, list[_Pending]]] = {}
         self._positions: dict[str, dict[int, PointBlock]] = {}
-        self._versions = np.zeros(1, dtype=np.uint16)
+        self._versions = np.zeros(1, dtype=np.uint32)
         self._buffer: list[tuple[NDArray[np.int64], Estimates, dict[str, NDArray[Any]]]] = []
         self._buffered_since = 0.0
         self._spool: tempfile.TemporaryDirectory[str] | None = None
@@ -153,8 +156,15 @@ class RunPipeline:
             self._grid = ScanGrid(preset.scan_metadata(start))
             motors = self._grid.scan.motors
             _check_motor_names(motors)
-            self._versions = np.zeros(self._grid.num_points + 1, dtype=np.uint16)
-            self._references = RunReferences(motors, preset.detector_key(start))
+            self._versions = np.zeros(self._grid.num_points + 1, dtype=np.uint32)
+            self._references = RunReferences(
+                motors,
+                preset.detector_key(start),
+                shape=self._grid.scan.shape,
+                positions=self._grid.scan.positions,
+                root_map=root_map,
+                note=self._note,
+            )
             self._positions = {motor: {} for motor in motors}
             self._try_geometry()
         except GeometryError as error:
@@ -169,6 +179,9 @@ class RunPipeline:
         assert self._references is not None
         now = time.monotonic()
         if name == "stop":
+            for label, block in self._references.finish():
+                if label == "frames":
+                    self._missing(block, now)
             self._raw_stop = doc
             self._deadline = now + DEADLINE_SECONDS
             if self._geometry is None:
@@ -289,7 +302,8 @@ class RunPipeline:
 
     def _is_frame_event(self, doc: Mapping[str, Any]) -> bool:
         assert self._references is not None
-        return self._references.frame_key in doc.get("data", {})
+        data = doc.get("data")
+        return isinstance(data, Mapping) and self._references.frame_key in data
 
     def _try_geometry(self, *, last_chance: bool = False) -> None:
         if self.closed or self._references is None:
@@ -364,7 +378,7 @@ class RunPipeline:
             return
         if block.stop > len(self._versions):
             more = block.stop - len(self._versions)
-            self._versions = np.concatenate([self._versions, np.zeros(more, np.uint16)])
+            self._versions = np.concatenate([self._versions, np.zeros(more, np.uint32)])
         versions = self._versions[block.first : block.stop]
         self._tally.points_seen += int((versions == 0).sum())
         versions += 1
@@ -380,6 +394,12 @@ class RunPipeline:
                 last.block = joined
             else:
                 self._pending.append(_Pending(part, version, now))
+
+    def _missing(self, block: PointBlock, now: float) -> None:
+        """Take those points of a block that were not announced otherwise."""
+        for point in range(block.first, block.stop):
+            if point >= len(self._versions) or not self._versions[point]:
+                self._frames(block.part(point, point + 1), now)
 
     def _spooled(self, block: PointBlock) -> PointBlock:
         try:
@@ -536,7 +556,8 @@ class RunPipeline:
         status = str(self._raw_stop.get("exit_status", "success"))
         reasons = [str(self._raw_stop["reason"])] if self._raw_stop.get("reason") else []
         announced = int((self._versions > 0).sum())
-        counted = (self._raw_stop.get("num_events") or {}).get(self._references.stream, 0)
+        events = (self._raw_stop.get("num_events") or {}).get(self._references.stream, 0)
+        counted = events * self._references.points_per_event
         if self._derived.num_events < max(announced, counted):
             status = "fail"
             reasons.append(

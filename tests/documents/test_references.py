@@ -37,10 +37,10 @@ def recording(name):
         yield item["name"], item["doc"]
 
 
-def rows_of_points(name, references, label="frames"):
+def rows_of_points(documents, references, label="frames"):
     """Point number → (file, dataset, first row, rows), as the last document said."""
     found = {}
-    for kind, doc in recording(name):
+    for kind, doc in recording(documents) if isinstance(documents, str) else documents:
         for key, block in references.document(kind, doc, WHOLE):
             if key == label:
                 for point in range(block.first, block.stop):
@@ -108,9 +108,148 @@ def test_several_images_without_a_choice_are_refused_with_their_names():
         rows_of_points("ophyd_async_fly", references)
 
 
-def test_datum_documents_are_refused_with_the_reason():
-    with pytest.raises(ValueError, match="resource and datum"):
-        rows_of_points("legacy_step", RunReferences(("motor", "x")))
+def moved(documents, name, where):
+    """The documents of one kind moved to the front, or to the end, of their run."""
+    start, descriptor, *others = documents
+    these = [d for d in others if d[0] == name]
+    rest = [d for d in others if d[0] != name]
+    return (
+        [start, descriptor, *these, *rest] if where == "front" else [*documents[:2], *rest, *these]
+    )
+
+
+ORDERS = {
+    "as they came": list,
+    "events before datums": lambda documents: moved(documents, "datum", "end"),
+    "datums before resources": lambda documents: moved(documents, "resource", "end"),
+    "all twice": lambda documents: [d for d in documents for _ in range(2)],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize(
+    ("name", "shape", "count", "frames"),
+    [
+        ("legacy_fly_event_per_row", (3, 4), 12, 1),
+        ("legacy_fly_event_per_row", (3, 1), 3, 4),  # as many as no row has: of one point
+        ("legacy_fly_one_event", (3, 4), 12, 1),
+        ("legacy_fly_one_event", None, 1, 12),
+    ],
+)
+def test_an_event_holds_a_point_a_row_or_the_scan(name, shape, count, frames, order):
+    documents = order(list(recording(name)))
+    rows = rows_of_points(documents, RunReferences(("y", "x"), shape=shape))
+    assert rows.keys() == set(range(1, count + 1))
+    assert [rows[p][1:] for p in sorted(rows)] == [
+        ("/entry/data/data", i * frames, frames) for i in range(count)
+    ]
+
+
+def test_an_event_with_one_number_of_the_fast_motor_is_a_point():
+    documents = list(recording("legacy_fly_event_per_row"))
+    documents[1][1]["data_keys"]["x"] = {"dtype": "number", "shape": [], "source": "SIM"}
+    rows = rows_of_points(documents, RunReferences(("y", "x"), shape=(3, 4)))
+    assert [rows[p][2:] for p in sorted(rows)] == [(0, 4), (4, 4), (8, 4)]
+
+
+@pytest.mark.parametrize("name", ["legacy_fly_event_per_row", "legacy_fly_one_event"])
+def test_oversampled_positions_of_an_event_are_averaged_for_each_of_its_points(name):
+    references = RunReferences(("y", "enc1"), shape=(3, 4))
+    positions = {}
+    for kind, doc in recording(name):
+        if kind == "event_page":
+            samples = np.repeat(np.arange(12.0), 10) + np.tile(np.linspace(-0.1, 0.1, 10), 12)
+            doc["data"]["enc1"] = list(samples.reshape(len(doc["seq_num"]), -1))
+        for label, block in references.document(kind, doc, WHOLE):
+            if label == "enc1":
+                positions |= dict(zip(range(block.first, block.stop), block.values, strict=True))
+    assert sorted(positions) == list(range(1, 13))
+    np.testing.assert_allclose([positions[p] for p in range(1, 13)], np.arange(12.0), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("resource", "datum", "where"),
+    [
+        ({"spec": "AD_HDF5_SWMR"}, {"point_number": 3}, ("/entry/data/data", 12, 4, 0)),
+        (
+            {"spec": "AD_HDF5_SWMR_STREAM", "resource_kwargs": {"dataset": "/a/b"}},
+            {"point_number": 3},
+            ("/a/b", 3, 1, 0),
+        ),
+        (
+            {"spec": "AD_HDF5_GERM", "resource_kwargs": {}},
+            {"frame": 5},
+            ("/entry/data/data", 5, 1, 0),
+        ),
+        ({"spec": "MERLIN_HDF5_BULK", "resource_kwargs": {}}, {}, ("/entry/data/data", 0, 4, 0)),
+    ],
+)
+def test_datums_of_area_detectors_are_rows_of_their_file(resource, datum, where):
+    documents = list(recording("legacy_fly_event_per_row"))
+    kind, doc = documents[2]
+    documents[2] = (kind, doc | resource)
+    documents[3:6] = [(n, d | {"datum_kwargs": datum}) for n, d in documents[3:6]]
+    references = RunReferences(("y", "x"))
+    (block,) = {
+        (b.stored.dataset, b.stored.row, b.stored.rows_per_point, b.stored.shared_by)
+        for n, d in documents
+        for label, b in references.document(n, d, WHOLE)
+    }
+    assert block == where
+
+
+def test_numbers_of_a_whole_dataset_are_shared_by_the_points_of_the_event():
+    """As HXN's PandA: the datum names a dataset, the descriptor nothing of its length."""
+    documents = list(recording("legacy_fly_one_event"))
+    documents[1][1]["data_keys"]["enc1"] |= {"shape": [], "external": "FILESTORE:"}
+    uid = documents[0][1]["uid"]
+    page = documents[-2][1]
+    page["data"]["enc1"], page["filled"]["enc1"] = ["p/0"], [False]
+    panda = {"uid": "p", "spec": "PANDA", "root": "/data", "resource_path": "p.h5"}
+    documents[2:2] = [
+        ("resource", panda | {"resource_kwargs": {}, "run_start": uid}),
+        ("datum", {"resource": "p", "datum_id": "p/0", "datum_kwargs": {"field": "inenc2_val"}}),
+    ]
+    references = RunReferences(("y", "enc1"), shape=(3, 4))
+    blocks = [
+        b for n, d in documents for label, b in references.document(n, d, WHOLE) if label == "enc1"
+    ]
+    stored = StoredRows("/data/p.h5", "inenc2_val", 0, shared_by=12)
+    assert blocks == [PointBlock(1, 12, stored=stored)]
+
+
+@pytest.mark.parametrize("kind", ["datum_page", "bulk_datum"])
+def test_datums_come_in_pages_too(kind):
+    documents = list(recording("legacy_fly_event_per_row"))
+    datums = [d for n, d in documents if n == "datum"]
+    page = {
+        "datum_page": {
+            "datum_id": [d["datum_id"] for d in datums],
+            "datum_kwargs": {"point_number": [0, 1, 2]},
+        },
+        "bulk_datum": {
+            "datum_ids": [d["datum_id"] for d in datums],
+            "datum_kwarg_list": [d["datum_kwargs"] for d in datums],
+        },
+    }[kind]
+    documents[3:6] = [(kind, {"resource": datums[0]["resource"], **page})]
+    rows = rows_of_points(documents, RunReferences(("y", "x"), shape=(3, 4)))
+    assert [rows[p][2] for p in range(1, 13)] == list(range(12))
+
+
+def test_what_never_came_is_a_problem_of_its_points_when_the_run_stops():
+    for missing in ("datum", "resource"):
+        documents = [d for d in recording("legacy_fly_event_per_row") if d[0] != missing]
+        references = RunReferences(("y", "x"), shape=(3, 4))
+        assert not rows_of_points(documents, references)
+        blocks = [b for _, b in references.finish()]
+        assert [p for b in blocks for p in range(b.first, b.stop)] == list(range(1, 13))
+        assert all("never came" in b.problem for b in blocks)
+    documents = [d for d in recording("restage_rows") if d[0] != "stream_resource"]
+    references = RunReferences(("y", "x"))
+    rows_of_points(documents, references)
+    blocks = [b for _, b in references.finish()]
+    assert sorted({p for b in blocks for p in range(b.first, b.stop)}) == list(range(1, 13))
 
 
 def test_a_datum_before_its_resource_is_kept():
