@@ -291,10 +291,8 @@ def _print_scan(console: Console, run: _Run) -> None:
         table.add_row("frames", escape(frames), escape(", ".join(places)))
     console.print(table)
     if not run.alone and references.frame_key is None:
-        wanted = f"{frames!r}" if frames else "an image"
-        run.problems.append(
-            f"no descriptor announces frames: expected {wanted} among its data keys"
-        )
+        wanted = repr(frames) if frames else "an image"
+        run.problems.append(f"no descriptor announces frames: expected {wanted} in its data_keys")
 
 
 def _scan_value(name: str, value: Any) -> Any:

@@ -383,7 +383,8 @@ class Preset(_Strict):
         gaps = []
         for alternatives in _REQUIRED:
             names = [name for group in alternatives for name in group]
-            present = {n for n in names if n in found and found[n].value is not None}
+            there = {n for n in names if n in found and found[n].value is not None}
+            present = there | {n for n in names if n in found and found[n].problem}
             if any(present.issuperset(group) for group in alternatives):
                 continue
             places = [found[n].where for n in names if n in found and n not in present]
