@@ -213,7 +213,8 @@ class Preset(_Strict):
 
     def detector_key(self, start: Mapping[str, Any]) -> str | None:
         """Data key of the frames, or None to take the only image."""
-        return self._detector(start)[1].value
+        key: str | None = self._detector(start)[1].value
+        return key
 
     def detector_finding(self, start: Mapping[str, Any]) -> Finding:
         """Data key of the frames, as far as the start document tells, and where it does."""
