@@ -40,7 +40,7 @@ class _Run:
     preset: Preset
     problems: list[str]
     scan: ScanMetadata | None = None
-    references: RunReferences = field(default_factory=lambda: RunReferences(("", "")))
+    references: RunReferences = field(default_factory=lambda: RunReferences(("slow", "fast")))
 
     @property
     def start(self) -> Mapping[str, Any]:
@@ -215,7 +215,9 @@ def _stream(name: str, stream: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
     keys = {k: dict(v) for k, v in stream.metadata.get("data_keys", {}).items()}
     devices: dict[str, list[str]] = {}
     for key, description in keys.items():
-        description.pop("external", None)  # what it refers to is read here
+        description.pop("external", None)  # what it refers to is read here, frame by frame
+        if len(description.get("shape") or []) >= 2:
+            description["shape"] = list(description["shape"][-2:])
         devices.setdefault(str(description.get("object_name", key)), []).append(key)
     yield (
         "descriptor",
@@ -261,17 +263,8 @@ def _print_scan(console: Console, run: _Run) -> None:
         found = preset.scan_findings(start)
     except GeometryError:
         found = {}
-    motors = run.scan.motors if run.scan else ("slow", "fast")
-    run.references = references = RunReferences(motors, preset.detector_key(start))
-    for i, (name, doc) in enumerate(run.documents):
-        try:
-            for _ in references.document(name, doc, None):
-                pass
-        except Exception as error:  # a file may hold anything
-            problem = f"document {i + 1} ({name}): {type(error).__name__}: {error}"
-            if problem not in run.problems:
-                run.problems.append(problem)
-            break
+    run.references, _ = _refer(run, None, run.problems)
+    references = run.references
     table = Table("scan", "value", "where", title_justify="left")
     for name, finding in found.items():
         value = getattr(run.scan, name, finding.value)
@@ -279,7 +272,7 @@ def _print_scan(console: Console, run: _Run) -> None:
             table.add_row(name, "[dim]not recorded[/]", escape(finding.where))
         else:
             table.add_row(name, _text(_scan_value(name, value)), escape(finding.where))
-    for motor in motors if run.scan else ():
+    for motor in run.scan.motors if run.scan else ():
         table.add_row(f"positions of {escape(motor)}", *_positions(run, motor))
     named = preset.detector_finding(start)
     frames = references.frame_key or named.value
@@ -308,17 +301,40 @@ def _scan_value(name: str, value: Any) -> Any:
     return value
 
 
+def _refer(
+    run: _Run, roi: ROI | None, problems: list[str]
+) -> tuple[RunReferences, list[PointBlock]]:
+    """Go through all documents; return what they tell and where the frames are."""
+    scan, blocks = run.scan, []
+    references = RunReferences(
+        scan.motors if scan else ("slow", "fast"),
+        run.preset.detector_key(run.start),
+        shape=scan and scan.shape,
+        positions=scan and scan.positions,
+        note=lambda problem: None if problem in problems else problems.append(problem),
+    )
+    try:
+        for name, doc in run.documents:
+            blocks += [b for label, b in references.document(name, doc, roi) if label == "frames"]
+        blocks += [b for label, b in references.finish() if label == "frames"]
+    except ValueError as error:
+        problems.append(str(error))
+    return references, blocks
+
+
 def _positions(run: _Run, motor: str) -> tuple[str, str]:
     """Say where the positions of a motor come from."""
     assert run.scan is not None
-    key = run.scan.positions.get(motor)
-    if motor in run.references.announced and key is None:
-        return "recorded", escape(f"data key {motor!r}")
-    if key is not None:
-        unit = f" {key.units}" if key.units else ""
-        factor = "" if key.scale == 1 else f", times {key.scale:g}{unit}"
-        return "recorded", escape(f"data key {key.key!r}{factor} (if the run has it)")
-    return "[dim]nominal[/]", escape("from extents" if run.scan.extents else "counted: 0, 1, …")
+    place = run.scan.positions.get(motor)
+    key = motor if place is None else place.key
+    factor = "" if place is None or place.scale == 1 else f", times {place.scale:g}"
+    if motor in run.references.announced:
+        units = run.references.units.get(motor)
+        return "recorded" + (f", {escape(units)}" if units else ""), escape(
+            f"data key {key!r}{factor}"
+        )
+    nominal = "from extents" if run.scan.extents else "counted: 0, 1, …"
+    return f"nominal, {nominal}", f"[dim]data key {escape(repr(key))} is not in the run[/]"
 
 
 def _print_geometry(console: Console, run: _Run) -> Geometry | None:
@@ -439,7 +455,7 @@ def _print_models(
 
 def _print_frames(console: Console, run: _Run, geometry: Geometry, plot: Path | None) -> None:
     """Count the frames; draw some of them, beside what the geometry lets expect."""
-    blocks = _frames(run, geometry.roi)
+    _, blocks = _refer(run, geometry.roi, [])  # problems are told already
     points = len({p for b in blocks for p in range(b.first, b.stop)})
     if run.scan is not None and not run.alone and run.documents[-1][0] == "stop":
         expected = run.scan.shape[0] * run.scan.shape[1]
@@ -459,18 +475,6 @@ def _print_frames(console: Console, run: _Run, geometry: Geometry, plot: Path | 
         run.problems.append(f"--plot {plot}: {error}")
         return
     _say(console, f"simulated pattern{' beside the measured' if count else ''} in {plot}")
-
-
-def _frames(run: _Run, roi: ROI) -> list[PointBlock]:
-    motors = run.scan.motors if run.scan else ("slow", "fast")
-    references = RunReferences(motors, run.preset.detector_key(run.start))
-    blocks = []
-    with contextlib.suppress(Exception):  # told of already
-        for name, doc in run.documents:
-            for label, block in references.document(name, doc, roi):
-                if label == "frames":
-                    blocks.append(block)
-    return blocks
 
 
 def _mean_pattern(

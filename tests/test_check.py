@@ -83,7 +83,7 @@ def test_a_recorded_run_is_shown_field_by_field(flown, check, tmp_path):
     assert row(text, "shape")[1:] == ["3 rows × 4 columns", "start['shape']"]
     assert row(text, "snaking")[1] == "every second row backwards"
     assert row(text, "motors")[1] == "slow sample_y, fast sample_x"
-    assert row(text, "positions of sample_x")[1:] == ["recorded", "data key 'sample_x'"]
+    assert row(text, "positions of sample_x")[1:] == ["recorded, um", "data key 'sample_x'"]
     assert "stream 'primary'" in row(text, "frames")[2]
     assert row(text, "2θB")[1].startswith("31.7349°")
     assert row(text, "pupil's half-widths")[1].startswith("26.3 × 26.3")

@@ -93,7 +93,8 @@ class NanobeamCallback:
         "auto" or "refine" (maximum likelihood, started by a network), "network" or
         "correlation" (these alone).
     preset
-        Where a run's geometry is: the name of a shipped preset, a path, or a `Preset`.
+        Where a run's geometry is: the name of a shipped preset, a path, a `Preset`, or "auto",
+        the first shipped one that matches the run (`Preset.choices`).
         Runs that it does not match are ignored.
     roi
         Region of interest instead of the geometry's own.
@@ -139,7 +140,7 @@ class NanobeamCallback:
             if value not in get_args(allowed):
                 raise ValueError(f"{name} = {value!r} must be one of {get_args(allowed)}")
         check_fit(fit)
-        self._preset = Preset.load(preset)
+        self._presets = Preset.choices(preset)
         self._choice = AnalyzerChoice(analyzer, on_missing_model, tuple(fit), calibrate, device)
         self._roi = roi
         self._root_map = dict(root_map or {})
@@ -306,8 +307,9 @@ class NanobeamCallback:
     def _run_of(self, name: str, doc: Mapping[str, Any]) -> RunPipeline | None:
         """Return the pipeline a document is for; starts one where it should."""
         if name == "start":
-            if self._preset.matches(doc):
-                self._begin(doc)
+            preset = next((p for p in self._presets if p.matches(doc)), None)
+            if preset is not None:
+                self._begin(doc, preset)
             return None
         if name in ("descriptor", "stop", "stream_resource", "resource"):
             raw = doc.get("run_start")
@@ -329,13 +331,13 @@ class NanobeamCallback:
         """Uid of the open run, if there is one: for documents that do not say theirs."""
         return next(iter(self._runs)) if len(self._runs) == 1 else None
 
-    def _begin(self, start: Mapping[str, Any]) -> None:
+    def _begin(self, start: Mapping[str, Any], preset: Preset) -> None:
         uid = start["uid"]
         if uid in self._runs:
             self._runs.pop(uid).fail("the run started again without a stop document")
         run = RunPipeline(
             start,
-            self._preset,
+            preset,
             self._worker,
             self._emit,
             choice=self._choice,

@@ -313,6 +313,7 @@ class RunPipeline:
                 self.start,
                 baseline=self._references.baseline,
                 configuration=self._references.configuration,
+                frames=self._references.frame_key,
                 roi=self._roi,
             )
         except MissingMetadataError as error:
