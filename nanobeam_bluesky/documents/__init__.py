@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from nanobeam_bluesky.documents.pipeline import Executor, RunPipeline, Tally
     from nanobeam_bluesky.documents.processing import AnalyzerChoice, Processed, Processor, Task
     from nanobeam_bluesky.documents.references import PointBlock, RunReferences, StoredRows
+    from nanobeam_bluesky.documents.replay import derive, read_documents
     from nanobeam_bluesky.documents.scan_grid import ScanGrid
 
 __all__ = [
@@ -29,6 +30,8 @@ __all__ = [
     "StoredRows",
     "Tally",
     "Task",
+    "derive",
+    "read_documents",
     "to_maps",
 ]
 
@@ -50,6 +53,8 @@ __getattr__ = lazy(
         "StoredRows": "references",
         "Tally": "pipeline",
         "Task": "processing",
+        "derive": "replay",
+        "read_documents": "replay",
         "to_maps": "maps",
     },
 )

@@ -232,9 +232,9 @@ class RunPipeline:
         if again.any():
             self._retry(task, entries, again, now)
         keep = current & ~again
-        if done.reason and not again.all():
-            self._note(done.reason)
         if keep.any():
+            if done.reason:
+                self._note(done.reason)
             self._finish(points, done, keep, now)
 
     def poll(self) -> None:
@@ -428,6 +428,10 @@ class RunPipeline:
         skipped: list[_Pending] = []
         while self._pending and room and len(skipped) < _SEARCH_DEPTH:
             entry = self._pending.popleft()
+            current = self._versions[entry.block.first : entry.block.stop] == entry.version
+            if not current.all():  # announced again: their positions belong to the newer frames
+                self._pending.extendleft(reversed(_parts(entry, current)))
+                continue
             ready = self._ready(entry.block, room)
             first, split = entry.block.first, entry.block.first + ready
             if ready:
@@ -498,12 +502,10 @@ class RunPipeline:
             wanted = again[offset : offset + entry.block.count]
             offset += entry.block.count
             delay = RETRY_SECONDS[min(entry.attempt, len(RETRY_SECONDS) - 1)]
-            edges = np.flatnonzero(np.diff(np.concatenate([[False], wanted, [False]])))
-            for a, b in zip(edges[::2], edges[1::2], strict=True):
-                part = entry.block.part(entry.block.first + int(a), entry.block.first + int(b))
-                self._retries.append(
-                    replace(entry, block=part, due=now + delay, attempt=entry.attempt + 1)
-                )
+            self._retries += [
+                replace(part, due=now + delay, attempt=entry.attempt + 1)
+                for part in _parts(entry, wanted)
+            ]
 
     # --------------------------------------------------------------------- results
 
@@ -598,6 +600,16 @@ class RunPipeline:
         if not self._problem:
             self._problem = problem
             logger.warning("run %s: %s", str(self.start["uid"])[:8], problem)
+
+
+def _parts(entry: _Pending, wanted: NDArray[np.bool_]) -> list[_Pending]:
+    """Return the runs of wanted points, of a mask (n,), as entries of their own."""
+    first = entry.block.first
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], wanted, [False]])))
+    return [
+        replace(entry, block=entry.block.part(first + int(a), first + int(b)))
+        for a, b in zip(edges[::2], edges[1::2], strict=True)
+    ]
 
 
 def _check_motor_names(motors: tuple[str, str]) -> None:

@@ -30,7 +30,7 @@ MAX_POINTS = 10_000_000
 MAX_KEPT = 300_000
 """Datums, and events, that wait for what they belong to: about 100 MB."""
 MAX_USED = 1000
-"""Datums kept after their event has come, for documents that come twice."""
+"""Documents remembered after they were used, for those that come twice."""
 
 _BROKEN = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)
 """What a document that is not as it should be leads to."""
@@ -199,6 +199,7 @@ class RunReferences:
         self._key_of: dict[str, str] = {}  # of a stream resource
         self._datums = _Kept(MAX_KEPT)  # datum_id → (resource, kwargs), no event yet
         self._used = _Kept(MAX_USED)
+        self._seen = _Kept(MAX_USED)  # stream_datum → what it said, for those that come twice
         self._waiting: dict[str, list[Any]] = {}  # by the uid or datum_id that is missing
         self._kept = 0
 
@@ -327,6 +328,10 @@ class RunReferences:
         if uid not in self._resources or of not in self._streams:
             self._wait(uid if uid not in self._resources else of, doc)
             return
+        identity = f"{uid} {doc.get('uid')}"
+        if self._seen.get(identity) == (first, stop, index):
+            return
+        self._seen[identity] = (first, stop, index)
         stream, resource, key = self._streams[of], self._resources[uid], self._key_of[uid]
         label = self._label(stream, key)
         if label is None or stop == first:

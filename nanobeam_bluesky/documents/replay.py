@@ -1,0 +1,142 @@
+"""Documents of stored runs, analysed in this process: no worker, no RunEngine."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nanobeam_bluesky.documents.derived_run import Document
+from nanobeam_bluesky.documents.pipeline import RunPipeline, Tally
+from nanobeam_bluesky.documents.processing import AnalyzerChoice, Processor, Task
+from nanobeam_bluesky.geometry import ROI, Geometry
+from nanobeam_bluesky.presets import Preset
+
+__all__ = ["derive", "read_documents"]
+
+POLL_SECONDS = 0.02
+
+
+class _Inline:
+    """Executor that works at once."""
+
+    def __init__(self) -> None:
+        self._processor = Processor()
+
+    def open(self, pipeline: RunPipeline, geometry: Geometry, choice: AnalyzerChoice) -> None:
+        try:
+            settings = self._processor.open(pipeline.key, geometry, choice)
+        except Exception as error:
+            pipeline.fail(f"no analyzer: {type(error).__name__}: {error}")
+            return
+        pipeline.opened(settings)
+
+    def submit(self, pipeline: RunPipeline, task: Task) -> None:
+        pipeline.processed(self._processor.process(task))
+
+    def close(self, pipeline: RunPipeline) -> None:
+        self._processor.close(pipeline.key)
+
+    def shutdown(self) -> None:
+        self._processor.shutdown()
+
+
+def derive(
+    documents: Iterable[tuple[str, Mapping[str, Any]]],
+    *,
+    preset: Preset | str | Path = "default",
+    choice: AnalyzerChoice | None = None,
+    roi: ROI | None = None,
+    root_map: Mapping[str, str] | None = None,
+    tally: Tally | None = None,
+) -> Iterator[Document]:
+    """Analyse runs one after the other; yield the documents of their derived runs.
+
+    Parameters
+    ----------
+    documents
+        (name, document) of stored runs, each from its start to its stop: `read_documents`, or
+        ``run.documents()`` of Tiled and databroker. What the preset does not match is skipped.
+    preset, roi, root_map
+        As for `NanobeamCallback`.
+    choice
+        Which estimator to use.
+    tally
+        Counts are added to it.
+
+    Notes
+    -----
+    Tiled gives back each stream's frames as one whole-scan document that names one file: a
+    scan that was rewound, or wrote several files, is better replayed from what was emitted.
+    Files that are not there are waited for, 10 s (``pipeline.DEADLINE_SECONDS``).
+    """
+    preset = Preset.load(preset)
+    derived: list[Document] = []
+    executor = _Inline()
+    run: RunPipeline | None = None
+
+    def emit(name: str, doc: dict[str, Any]) -> None:
+        derived.append((name, doc))
+
+    def emitted() -> Iterator[Document]:
+        yield from derived
+        derived.clear()
+
+    try:
+        for name, doc in documents:
+            if name == "start":
+                if run is not None:
+                    run.fail("the documents of the next run came before its stop document")
+                run = None
+                if preset.matches(doc):
+                    run = RunPipeline(
+                        doc,
+                        preset,
+                        executor,
+                        emit,
+                        choice=choice,
+                        roi=roi,
+                        tally=tally,
+                        root_map=root_map,
+                    )
+            elif run is not None and doc.get("run_start", run.start["uid"]) == run.start["uid"]:
+                run.document(name, doc)
+                run.poll()
+                while run.stopped and not run.closed:
+                    yield from emitted()
+                    run.poll()
+                    if not run.closed:
+                        time.sleep(POLL_SECONDS)
+                run = None if run.closed else run
+            yield from emitted()
+        if run is not None:
+            run.fail("there was no stop document")
+            yield from emitted()
+    finally:
+        executor.shutdown()
+
+
+def read_documents(path: str | Path) -> Iterator[Document]:
+    """Read documents from lines of JSON: ``{"name": …, "doc": …}`` or ``[name, doc]``.
+
+    Raises
+    ------
+    ValueError
+        If a line is neither: says which.
+    """
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            text = line.strip("\x1e \t\r\n")  # Tiled's JSON sequences begin with this separator
+            if not text:
+                continue
+            try:
+                item = json.loads(text)
+                name, doc = (item["name"], item["doc"]) if isinstance(item, dict) else item
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{path}, line {number}: expected a document, as "
+                    f'{{"name": "start", "doc": {{…}}}}: {error}'
+                ) from None
+            yield name, doc

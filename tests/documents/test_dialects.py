@@ -1,0 +1,427 @@
+"""Every dialect of documents gives the same map of the same sample, point by point.
+
+Devices write the frames and positions of one simulated scan to files, or into documents, the
+way beamlines do; a RunEngine emits the documents.
+"""
+
+from itertools import pairwise
+from pathlib import Path
+
+import bluesky.plan_stubs as bps
+import bluesky.preprocessors as bpp
+import h5py
+import numpy as np
+import pytest
+import tifffile
+from bluesky import RunEngine
+from event_model import compose_resource, compose_stream_resource
+from ophyd.status import Status
+
+from nanobeam_bluesky.documents import AnalyzerChoice, Tally, derive
+from nanobeam_bluesky.documents.frames import bin_frames
+from nanobeam_bluesky.geometry import Geometry
+from nanobeam_bluesky.models import Analyzer
+from nanobeam_bluesky.sim import SimulatedSXDM, phantom, sxdm_fly
+
+SHAPE = ROWS, COLUMNS = 4, 5
+POINTS = ROWS * COLUMNS
+MOTORS = ("sample_y", "sample_x")
+CHOICE = AnalyzerChoice("network")
+
+
+@pytest.fixture(scope="module")
+def engine():
+    made = RunEngine(context_managers=[])
+    yield made
+    made.loop.call_soon_threadsafe(made.loop.stop)
+    made._th.join()
+    made.loop.close()
+
+
+@pytest.fixture(scope="module")
+def geometry():
+    return Geometry.published().model_copy(
+        update={"detector_shape": (160, 144), "bragg_center_px": (70.0, 80.0)}
+    )
+
+
+class Scan:
+    """What was measured: frames (n, rows, columns) and positions {motor: (n,)}, in scan order."""
+
+    def __init__(self, documents):
+        self.documents = documents
+        start = documents[0][1]
+        self.md = {k: v for k, v in start.items() if k not in ("uid", "time", "scan_id")}
+        resources = {d["data_key"]: d for n, d in documents if n == "stream_resource"}
+        with h5py.File(resources["sxdm_image"]["uri"].removeprefix("file://localhost")) as file:
+            self.frames, *positions = (
+                file[resources[key]["parameters"]["dataset"]][:] for key in ("sxdm_image", *MOTORS)
+            )
+        self.positions = dict(zip(MOTORS, positions, strict=True))
+        self.baseline = [
+            (n, d)
+            for n, d in documents
+            if (n == "descriptor" and d["name"] == "baseline")
+            or (n == "event" and "beam_energy" in str(d["data"]))
+        ]
+
+
+@pytest.fixture(scope="module")
+def scan(engine, geometry, tmp_path_factory):
+    """Fly once."""
+    sxdm = SimulatedSXDM(
+        phantom("unique", SHAPE),
+        geometry,
+        tmp_path_factory.mktemp("sxdm"),
+        counts=20_000,
+        energy_in="start",
+        position_jitter=0.1,
+    )
+    documents = []
+    engine(sxdm_fly(sxdm), lambda name, doc: documents.append((name, doc)))
+    return Scan(documents)
+
+
+@pytest.fixture(scope="module")
+def expected(scan, geometry):
+    """What the scan's points must become, without a document."""
+    rows, cols = geometry.roi.slices
+    patterns, _ = bin_frames(scan.frames[:, rows, cols], geometry)
+    estimates = Analyzer.for_geometry(geometry, method="network").process(patterns)
+    assert not estimates.flags.any()
+    return estimates.columns() | scan.positions
+
+
+# --------------------------------------------------------------------------- devices
+
+
+class Flyer:
+    """Flies at once; what is collected is the subclass's."""
+
+    parent, collects = None, 1
+
+    def __init__(self, scan, folder, **options):
+        self.name, self.scan, self.folder = "sxdm", scan, Path(folder)
+        self.__dict__ |= options
+        self.write()
+
+    def write(self):
+        """Write the files."""
+
+    def kickoff(self):
+        return finished()
+
+    complete = kickoff
+
+    def describe_collect(self):
+        image = {"source": "sim", "dtype": "array", "shape": [160, 144], "dtype_numpy": "<u2"}
+        number = {"source": "sim", "dtype": "number", "shape": [], "dtype_numpy": "<f8"}
+        return {"sxdm_image": image, **{motor: dict(number) for motor in MOTORS}}
+
+
+def finished():
+    status = Status(timeout=None)
+    status.set_finished()
+    return status
+
+
+class Events(Flyer):
+    """A page with a list of frames."""
+
+    def collect(self):
+        for i in range(POINTS):
+            data = {m: float(v[i]) for m, v in self.scan.positions.items()}
+            data["sxdm_image"] = self.image(i)
+            yield {"data": data, "timestamps": dict.fromkeys(data, 0.0), "time": float(i)}
+
+    def image(self, i):
+        return self.scan.frames[i]
+
+
+class Pages(Flyer):
+    """Pages with one array of frames."""
+
+    def collect_pages(self):
+        for part in (slice(0, 7), slice(7, 8), slice(8, POINTS)):
+            data = {m: list(v[part]) for m, v in self.scan.positions.items()}
+            data["sxdm_image"] = self.scan.frames[part]
+            times = [0.0] * len(data["sxdm_image"])
+            yield {"data": data, "timestamps": dict.fromkeys(data, times), "time": times}
+
+
+class Datums(Flyer):
+    """Resource and datum documents; an event holds `points` points of `frames` frames each."""
+
+    spec, points, frames, samples = "AD_HDF5", 1, 1, 1
+
+    def write(self):
+        halves = np.stack([self.scan.frames // 2, self.scan.frames - self.scan.frames // 2], axis=1)
+        stack = self.scan.frames if self.frames == 1 else halves.reshape(-1, 160, 144)
+        if self.spec.startswith("AD_HDF5"):
+            path, kwargs = "a/frames.h5", {"frame_per_point": self.points * self.frames}
+            (self.folder / "a").mkdir()
+            with h5py.File(self.folder / path, "w") as file:
+                file["entry/data/data"] = stack
+        elif self.spec == "AD_TIFF":
+            path, kwargs = (
+                "a",
+                {
+                    "template": "%s%s_%6.6d.tiff",
+                    "filename": "img",
+                    "frame_per_point": self.points * self.frames,
+                },
+            )
+            (self.folder / "a").mkdir()
+            for i, frame in enumerate(stack):
+                tifffile.imwrite(self.folder / f"a/img_{i:06d}.tiff", frame)
+        else:  # ophyd's NPY_SEQ, by its handler: one file an event
+            path, kwargs = "img", {}
+            for i, frames in enumerate(stack.reshape(-1, *self._event_shape())):
+                np.save(self.folder / f"img_{i}.npy", frames)
+        resource = compose_resource(
+            start={"uid": "unused"},
+            spec=self.spec,
+            root=str(self.folder),
+            resource_path=path,
+            resource_kwargs=kwargs,
+        )
+        self.resource = {k: v for k, v in resource.resource_doc.items() if k != "run_start"}
+        key = "index" if self.spec == "NPY_SEQ" else "point_number"
+        self.datums = [
+            resource.compose_datum(datum_kwargs={key: i}) for i in range(POINTS // self.points)
+        ]
+
+    def _event_shape(self):
+        n = self.points * self.frames
+        return (160, 144) if n == 1 else (n, 160, 144)
+
+    def describe_collect(self):
+        described = super().describe_collect()
+        described["sxdm_image"] |= {"external": "FILESTORE:", "shape": list(self._event_shape())}
+        if self.points > 1:
+            for motor in MOTORS:
+                shape = [self.points * self.samples]
+                described[motor] |= {"dtype": "array", "shape": shape}
+        return described
+
+    def collect_asset_docs(self):
+        yield "resource", self.resource
+        yield from (("datum", datum) for datum in self.datums)
+
+    def collect(self):
+        spread = np.linspace(-1, 1, self.samples) if self.samples > 1 else np.zeros(1)
+        for i, datum in enumerate(self.datums):
+            part = slice(i * self.points, (i + 1) * self.points)
+            data = {m: (v[part, None] + spread).ravel() for m, v in self.scan.positions.items()}
+            data = {m: v.tolist() if self.points > 1 else float(v[0]) for m, v in data.items()}
+            data["sxdm_image"] = datum["datum_id"]
+            yield {
+                "data": data,
+                "timestamps": dict.fromkeys(data, 0.0),
+                "time": 0.0,
+                "filled": {"sxdm_image": False},
+            }
+
+
+class Streams(Flyer):
+    """Stream resources and datums, of `frames` frames a point, in files of `rows` rows."""
+
+    frames, samples, rows, widths, tiff, parameters = 1, 1, ROWS, (3, 1, 7), False, {}
+
+    def write(self):
+        halves = np.stack([self.scan.frames // 2, self.scan.frames - self.scan.frames // 2], axis=1)
+        stack = self.scan.frames[:, None] if self.frames == 1 else halves
+        spread = np.linspace(-1, 1, self.samples) if self.samples > 1 else np.zeros(1)
+        self.chunks = []
+        for n, first in enumerate(range(0, POINTS, self.rows * COLUMNS)):
+            part = slice(first, first + self.rows * COLUMNS)
+            frames = stack[part].reshape(-1, 160, 144)
+            path = self.folder / f"{n}.h5"
+            with h5py.File(path, "w") as file:
+                for motor, values in self.scan.positions.items():
+                    file[f"entry/{motor}"] = (values[part, None] + spread).ravel()
+                if not self.tiff:
+                    file["entry/data/data"] = frames
+            bundles = [
+                self.stream("application/x-hdf5", path, motor, {"dataset": f"entry/{motor}"})
+                for motor in MOTORS
+            ]
+            if self.tiff:
+                for i, frame in enumerate(frames):
+                    tifffile.imwrite(self.folder / f"{n}_{i:05d}.tif", frame)
+                parameters = {"template": f"{n}_{{:05d}}.tif", "chunk_shape": [1, 160, 144]}
+                kind = "multipart/related;type=image/tiff"
+                bundles.append(self.stream(kind, f"{self.folder}/", "sxdm_image", parameters))
+            else:
+                parameters = {"dataset": "/entry/data/data", "chunk_shape": [1, 160, 144]}
+                parameters = self.parameters or parameters
+                bundles.append(self.stream("application/x-hdf5", path, "sxdm_image", parameters))
+            edges = np.cumsum([0, *self.widths]).tolist()
+            points = self.rows * COLUMNS
+            edges = [*(e for e in edges if e < points), points]
+            new = [("stream_resource", bundle.stream_resource_doc) for bundle in bundles]
+            for start, stop in pairwise(edges):
+                indices = {"start": start, "stop": stop}
+                datums = [("stream_datum", b.compose_stream_datum(indices)) for b in bundles]
+                self.chunks.append(new + datums)
+                new = []
+        self.collects = len(self.chunks)
+
+    @staticmethod
+    def stream(mimetype, path, key, parameters):
+        uri = f"file://localhost{path}"
+        return compose_stream_resource(
+            mimetype=mimetype, uri=uri, data_key=key, parameters=parameters
+        )
+
+    def describe_collect(self):
+        described = super().describe_collect()
+        described["sxdm_image"]["shape"] = [self.frames, 160, 144]
+        for motor in MOTORS:
+            described[motor]["shape"] = [self.samples]
+        return {k: v | {"external": "STREAM:"} for k, v in described.items()}
+
+    def get_index(self):
+        return POINTS
+
+    def collect_asset_docs(self, index=None):
+        yield from self.chunks.pop(0)
+
+
+def fly(device):
+    """Collect what a device has, in a run of its own."""
+
+    @bpp.run_decorator(md=device.scan.md)
+    def run():
+        yield from bps.declare_stream(device, name="primary", collect=True)
+        yield from bps.kickoff(device, wait=True)
+        yield from bps.complete(device, wait=True)
+        for _ in range(device.collects):
+            yield from bps.collect(device, name="primary")
+
+    return run()
+
+
+def recorded(engine, plan):
+    documents = []
+    engine(plan, lambda name, doc: documents.append((name, doc)))
+    return documents
+
+
+def columns(derived):
+    """Every field of a derived run, by point; the last event of a point wins."""
+    found = {}
+    for name, doc in derived:
+        if name == "event_page":
+            for key, values in doc["data"].items():
+                found.setdefault(key, {}).update(zip(doc["seq_num"], values, strict=True))
+    assert {tuple(sorted(points)) for points in found.values()} == {tuple(range(1, POINTS + 1))}
+    return {k: np.array([v[p] for p in range(1, POINTS + 1)]) for k, v in found.items()}
+
+
+def assert_same_map(documents, expected, **options):
+    tally = Tally()
+    derived = list(derive(documents, choice=CHOICE, tally=tally, **options))
+    assert derived[-1][1]["exit_status"] == "success", derived[-1][1]
+    assert (tally.points_seen, tally.errors) == (POINTS, 0), tally.last_error
+    found = columns(derived)
+    for name, values in expected.items():
+        exact = name not in MOTORS
+        np.testing.assert_allclose(
+            found[name], values, rtol=0 if exact else 1e-12, atol=0 if exact else 1e-12
+        )
+
+
+def late(documents):
+    """Positions after the frames, as from a PandA that lags."""
+    motors = {d["uid"] for n, d in documents if n == "stream_resource" and d["data_key"] in MOTORS}
+    lag = [x for x in documents if x[1].get("stream_resource") in motors]
+    rest = [x for x in documents if x not in lag]
+    return [*rest[:-1], *lag, rest[-1]]
+
+
+def rewound(documents):
+    """Rows that were flown before, into a file that is no good."""
+    at = next(i for i, (n, _) in enumerate(documents) if n == "stream_datum")
+    images = next(
+        d for n, d in documents if n == "stream_resource" and d["data_key"] == "sxdm_image"
+    )
+    frames = next(d for _, d in documents if d.get("stream_resource") == images["uid"])
+    flown = [
+        ("stream_resource", images | {"uid": "before", "uri": images["uri"] + ".lost"}),
+        (
+            "stream_datum",
+            frames | {"stream_resource": "before", "seq_nums": {"start": 1, "stop": 8}},
+        ),
+    ]
+    return [*documents[:at], *flown, *documents[at:]]
+
+
+def events_first(documents):
+    """Datums after the events, resources at the end, as HXN replays them."""
+    order = {"datum": 1, "resource": 2, "stop": 3}
+    return sorted(documents, key=lambda item: order.get(item[0], 0))
+
+
+def one_by_one(documents):
+    """Pages as single events with nested lists, as read back from JSON."""
+    for name, doc in documents:
+        if name == "event_page":
+            for i, number in enumerate(doc["seq_num"]):
+                data = {k: np.asarray(v[i]).tolist() for k, v in doc["data"].items()}
+                yield "event", {"descriptor": doc["descriptor"], "seq_num": number, "data": data}
+        else:
+            yield name, doc
+
+
+def twice(documents):
+    for name, doc in documents:
+        yield name, doc
+        if name not in ("start", "stop"):
+            yield name, doc
+
+
+DIALECTS = {
+    "events with embedded frames": (Events, {}, list),
+    "pages with an array of frames": (Pages, {}, list),
+    "nested lists": (Pages, {}, one_by_one),
+    "datums, an event a point": (Datums, {}, list),
+    "datums, two frames a point": (Datums, {"frames": 2}, list),
+    "datums, an event a row": (Datums, {"points": COLUMNS, "samples": 10}, list),
+    "datums, an event the scan": (Datums, {"points": POINTS, "samples": 10}, list),
+    "datums after their events": (Datums, {"spec": "AD_HDF5_SWMR"}, events_first),
+    "datums of TIFF files": (Datums, {"spec": "AD_TIFF", "frames": 2}, list),
+    "datums of TIFF files, an event a row": (
+        Datums,
+        {"spec": "AD_TIFF", "points": COLUMNS},
+        list,
+    ),
+    "datums by a handler": (Datums, {"spec": "NPY_SEQ"}, list),
+    "datums by a handler, an event a row": (
+        Datums,
+        {"spec": "NPY_SEQ", "points": COLUMNS, "samples": 3},
+        list,
+    ),
+    "streams": (Streams, {}, list),
+    "streams, every document twice": (Streams, {}, twice),
+    "streams, one chunk": (Streams, {"widths": (POINTS,)}, list),
+    "streams, a file a row": (Streams, {"rows": 1, "widths": (2, 2)}, list),
+    "streams, two frames a point": (Streams, {"frames": 2}, list),
+    "streams, oversampled positions": (Streams, {"samples": 10}, list),
+    "streams, positions late": (Streams, {}, late),
+    "streams, a row flown again": (Streams, {}, rewound),
+    "streams of TIFF files": (Streams, {"tiff": True, "frames": 2, "rows": 2}, list),
+    "streams with the older parameters": (
+        Streams,
+        {"frames": 2, "parameters": {"path": "/entry/data/data", "multiplier": 2, "swmr": True}},
+        list,
+    ),
+}
+
+
+@pytest.mark.parametrize(("device", "options", "change"), DIALECTS.values(), ids=DIALECTS)
+def test_every_dialect_gives_the_same_map(
+    engine, scan, expected, tmp_path, device, options, change
+):
+    documents = recorded(engine, fly(device(scan, tmp_path, **options)))
+    assert_same_map(change(documents), expected)
