@@ -1,5 +1,8 @@
 """Presets find what a geometry needs, convert its unit, and say where they looked."""
 
+import re
+from pathlib import Path
+
 import bluesky.plan_stubs as bps
 import bluesky.plans as bp
 import bluesky.preprocessors as bpp
@@ -361,6 +364,44 @@ def test_a_preset_says_why_it_does_not_match(tmp_path):
         ({"original_run_uid": "raw"}, "a derived run"),
     ):
         assert words in preset.mismatch(document | change)
+
+
+def test_the_presets_of_the_documentation_work(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "presets.md").read_text("utf-8")
+    layout, example = re.findall(r"```toml\n(.+?)```", page, re.DOTALL)
+    path = tmp_path / "mine.toml"
+    path.write_text(layout)
+    document = {
+        "plan_name": "fly2d",
+        "sample": {"film": "SRO"},
+        "scan": {"type": "STEP", "shape": [4, 3], "detectors": ["xs", "eiger4"], "energy": 9.0},
+    }
+    preset = Preset.load(path)
+    assert preset.matches(document)
+    assert preset.scan_metadata(document).shape == (3, 4)
+    values = preset.geometry_values(document, baseline={"theta": 15300.0, "det_z": 0.5})
+    angle = pytest.approx(0.1)
+    assert values == {
+        "energy_keV": 9.0,
+        "detector_distance_m": 0.5,
+        "delta_theta_deg": angle,
+        "thickness_nm": 11.7,
+        "pixel_size_um": 75,
+    }
+
+    path.write_text(example)
+    grid = {"n": [40, 30], "x": [-2.0, 2.0], "y": [-1.5, 1.5]}
+    document = {"plan_name": "raster", "grid": grid, "beam": {"energy": 11300}}
+    preset = Preset.load(path)
+    assert preset.matches(document)
+    scan = preset.scan_metadata(document)
+    assert (scan.shape, scan.snaking, scan.motors) == ((30, 40), True, ("sample_y", "sample_x"))
+    assert scan.extents == ((-1.5, 1.5), (-2.0, 2.0))
+    geometry = preset.read_geometry(document, baseline={"det_z": {"value": 850.0, "units": "mm"}})
+    expected = Geometry.published()
+    assert geometry.bragg_angle_deg == expected.bragg_angle_deg
+    assert geometry.pupil_px == pytest.approx(expected.pupil_px, rel=1e-3)
+    assert geometry.roi == expected.roi
 
 
 def test_a_file_is_read_anew_each_time(tmp_path):
