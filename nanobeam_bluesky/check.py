@@ -309,8 +309,8 @@ def _refer(
     references = RunReferences(
         scan.motors if scan else ("slow", "fast"),
         run.preset.detector_key(run.start),
-        shape=scan and scan.shape,
-        positions=scan and scan.positions,
+        shape=scan.shape if scan else None,
+        positions=scan.positions if scan else None,
         note=lambda problem: None if problem in problems else problems.append(problem),
     )
     try:

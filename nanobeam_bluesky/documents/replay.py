@@ -72,7 +72,7 @@ def derive(
     scan that was rewound, or wrote several files, is better replayed from what was emitted.
     Files that are not there are waited for, 10 s (``pipeline.DEADLINE_SECONDS``).
     """
-    preset = Preset.load(preset)
+    presets = Preset.choices(preset)
     derived: list[Document] = []
     executor = _Inline()
     run: RunPipeline | None = None
@@ -90,10 +90,11 @@ def derive(
                 if run is not None:
                     run.fail("the documents of the next run came before its stop document")
                 run = None
-                if preset.matches(doc):
+                matching = next((p for p in presets if p.matches(doc)), None)
+                if matching is not None:
                     run = RunPipeline(
                         doc,
-                        preset,
+                        matching,
                         executor,
                         emit,
                         choice=choice,
