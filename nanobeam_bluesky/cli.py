@@ -6,6 +6,7 @@ Exit codes: 0 all done, 1 something failed, 2 wrong usage.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -37,6 +38,14 @@ class Sampling(StrEnum):
 
     CONTINUOUS = "continuous"
     PUBLISHED = "published"
+
+
+class Serializer(StrEnum):
+    """Of documents on ZMQ."""
+
+    JSON = "json"
+    MSGPACK = "msgpack"
+    PICKLE = "pickle"
 
 
 app = typer.Typer(
@@ -284,6 +293,79 @@ def check(
         ok = run_check(run, preset, console, catalog=catalog, store=store, plot=plot)
     except ValueError as error:
         _stop(str(error), code=2)
+    raise typer.Exit(0 if ok else 1)
+
+
+@app.command()
+def live(
+    zmq: Annotated[
+        str | None, typer.Option(help="Outgoing address of a bluesky-0MQ-proxy: HOST:PORT.")
+    ] = None,
+    nats: Annotated[str | None, typer.Option(help="NATS server: nats://HOST:PORT.")] = None,
+    kafka: Annotated[str | None, typer.Option(help="Kafka servers: HOST:PORT,…")] = None,
+    tiled: Annotated[
+        str | None, typer.Option(help="Tiled catalogue of runs, with its key; it must stream.")
+    ] = None,
+    watch: Annotated[
+        str | None, typer.Option(help="Pattern of new HDF5 or TIFF files, where is no Bluesky.")
+    ] = None,
+    topic: Annotated[
+        str | None, typer.Option(help="Kafka topic; or NATS subject, events.> if absent.")
+    ] = None,
+    geometry: GeometryFile = None,
+    shape: Annotated[
+        tuple[int, int] | None, typer.Option(help="Rows and columns, for --watch.", min=1)
+    ] = None,
+    snake: Annotated[
+        bool, typer.Option("--snake", help="Every second row runs back, for --watch.")
+    ] = False,
+    dataset: Annotated[
+        str | None, typer.Option(help="Frames in an HDF5 file with several, for --watch.")
+    ] = None,
+    idle: Annotated[
+        float, typer.Option(help="A file that has not grown for so many seconds is complete.")
+    ] = 30.0,
+    preset: Annotated[
+        str, typer.Option(help="Preset, or path of one; auto: the first shipped that matches.")
+    ] = "auto",
+    serializer: Annotated[
+        Serializer, typer.Option(help="What ZMQ carries; pickles are read with pickle alone.")
+    ] = Serializer.JSON,
+    publish_zmq: Annotated[
+        str | None, typer.Option(help="Publish derived documents to a proxy's incoming address.")
+    ] = None,
+    publish_nats: Annotated[str | None, typer.Option(help="Or to a NATS server.")] = None,
+    publish_kafka: Annotated[str | None, typer.Option(help="Or to Kafka servers.")] = None,
+    publish_topic: Annotated[
+        str, typer.Option(help="Kafka topic, or NATS subject, of derived documents.")
+    ] = "nanobeam.derived",
+    to: Annotated[
+        str | None, typer.Option(help="Record derived runs: a Tiled catalogue, or a folder.")
+    ] = None,
+    spool: Annotated[
+        Path | None,
+        typer.Option(help="Where they wait while Tiled is away; default in NANOBEAM_HOME."),
+    ] = None,
+    maps: Annotated[bool, typer.Option("--maps", help="Open a window with the maps.")] = False,
+    metrics: Annotated[
+        int | None, typer.Option(help="Serve Prometheus metrics on this port of 127.0.0.1.")
+    ] = None,
+) -> None:
+    """Map scans of another process while they fly, until Ctrl-C."""
+    options = locals()
+
+    from nanobeam_bluesky.live import LiveOptions, run_live
+
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("nanobeam_bluesky").setLevel(logging.INFO)
+    try:
+        ok = run_live(LiveOptions(**options), console)
+    except ImportError as error:
+        _stop(f"{error}: nanobeam live needs pip install 'nanobeam-bluesky[live]'", code=2)
+    except ValueError as error:
+        _stop(str(error), code=2)
+    except OSError as error:
+        _stop(str(error), code=1)
     raise typer.Exit(0 if ok else 1)
 
 

@@ -1,0 +1,92 @@
+"""ZMQ, by Bluesky's own `bluesky.callbacks.zmq`: Publisher → Proxy → RemoteDispatcher.
+
+A dispatcher joins a proxy some tenths of a second after it has connected, and what was
+published before is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any, Literal
+
+from bluesky.callbacks.zmq import Publisher, RemoteDispatcher
+
+from nanobeam_bluesky.transports.receiver import Take
+from nanobeam_bluesky.transports.wire import SERIALIZERS, decode
+
+__all__ = ["Serializer", "ZMQPublisher", "ZMQSource"]
+
+logger = logging.getLogger("nanobeam_bluesky")
+
+Serializer = Literal["json", "msgpack", "pickle"]
+
+SETTLE_SECONDS = 0.5
+"""What a subscriber takes to join, with some to spare; ZMQ does not tell."""
+_STOP_SECONDS = 0.1
+
+
+class ZMQSource:
+    """Documents from the outgoing address of a ``bluesky-0MQ-proxy``.
+
+    Parameters
+    ----------
+    address
+        Such as "127.0.0.1:5568".
+    allow_pickle
+        Whether pickled documents, which Bluesky's `Publisher` sends unless told otherwise,
+        are read: on networks where everyone is trusted.
+    """
+
+    def __init__(self, address: str, *, allow_pickle: bool = False) -> None:
+        self.address = address
+        self._allow_pickle = allow_pickle
+
+    def run(self, take: Take, stop: threading.Event, ready: Callable[[], None]) -> None:
+        """Hand documents to `take` until `stop` is set."""
+        while not stop.is_set():
+            loop = asyncio.new_event_loop()
+            dispatcher = RemoteDispatcher(self.address, loop=loop, deserializer=self._read)
+            dispatcher.subscribe(lambda name, doc: take(name, doc))
+            watching = loop.create_task(_watch(stop, ready))
+            try:
+                dispatcher.start()
+            except asyncio.CancelledError:
+                return
+            except Exception:  # a message with a name that is none ends a dispatcher
+                logger.exception("the subscription to %s begins again", self.address)
+            finally:
+                watching.cancel()
+
+    def _read(self, data: bytes) -> Any:
+        try:
+            return decode(data, allow_pickle=self._allow_pickle)
+        except Exception as error:  # of whatever stands in the message
+            return f"{error}"
+
+
+async def _watch(stop: threading.Event, ready: Callable[[], None]) -> None:
+    """End the dispatcher, which has no method for it, when `stop` is set."""
+    await asyncio.sleep(SETTLE_SECONDS)
+    ready()
+    while not stop.is_set():
+        await asyncio.sleep(_STOP_SECONDS)
+    for task in asyncio.all_tasks():
+        task.cancel()
+
+
+class ZMQPublisher(Publisher):
+    """Bluesky's Publisher to the incoming address of a proxy, safe to read unless told otherwise.
+
+    Parameters
+    ----------
+    address
+        Such as "127.0.0.1:5567".
+    serializer
+        "json", "msgpack" or, as Bluesky itself does, "pickle".
+    """
+
+    def __init__(self, address: str, serializer: Serializer = "json") -> None:
+        super().__init__(address, serializer=SERIALIZERS[serializer])
