@@ -124,6 +124,31 @@ def test_the_nanobeam_block_decides_between_several_detectors():
     assert hxn.geometry_values(document)["pixel_size_um"] == 20
 
 
+@pytest.mark.parametrize(
+    ("names", "key"),
+    [
+        (["xs", "merlin1"], "merlin1"),
+        (("merlin1",), "merlin1"),
+        ({"merlin1": {"dwell": 0.1}}, "merlin1"),
+        (np.array(["xs", "merlin1"]), "merlin1"),
+        ("merlin1", "merlin1"),
+        (5, None),
+        ([["merlin1"]], None),
+    ],
+)
+def test_detectors_may_be_named_in_many_ways(names, key):
+    document = hxn_metadata()
+    document["scan"] |= {"detectors": names}
+    assert Preset.load("hxn").detector_key(document) == key
+
+
+@pytest.mark.parametrize("junk", [None, 5, "text", [1], {"type": ["x"]}, {"type": np.arange(3)}])
+def test_start_documents_that_make_no_sense_match_nothing(junk):
+    document = {"scan": junk, "plan_name": junk, "nanobeam": junk, "versions": junk}
+    matching = [p.name for p in Preset.choices("auto") if p.matches(document)]
+    assert set(matching) <= {"default"}
+
+
 def test_a_detector_that_the_start_document_does_not_name_is_known_by_its_frames():
     hxn, document = Preset.load("hxn"), {"uid": "1", **hxn_metadata()}
     document["scan"] = {k: v for k, v in document["scan"].items() if k != "detectors"}
@@ -275,9 +300,10 @@ def test_a_missing_field_is_named_with_every_place_that_was_looked_at():
         assert words in str(caught.value)
 
 
-def test_a_unit_of_another_dimension_is_refused():
-    with pytest.raises(GeometryError, match="energy_keV: cannot turn 5 'm'"):
-        Geometry.from_start(start(energy_keV={"value": 5, "units": "m"}))
+@pytest.mark.parametrize("units", ["m", "(", "1/", "'", "9**9**9", 5, ["keV"], "no such unit"])
+def test_a_unit_that_is_none_or_of_another_dimension_is_refused(units):
+    with pytest.raises(GeometryError, match="energy_keV: cannot turn 5 "):
+        Geometry.from_start(start(energy_keV={"value": 5, "units": units}))
 
 
 @pytest.mark.parametrize(

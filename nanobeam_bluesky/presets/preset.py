@@ -200,8 +200,7 @@ class Preset(_Strict):
         for key, wanted in expected.items():
             options = wanted if isinstance(wanted, list) else [wanted]
             found = walk(start, key)
-            values = found if isinstance(found, list | tuple) else [found]
-            if not any(value in options for value in values):
+            if not any(value in options for value in _several(found)):
                 words = " or ".join(map(repr, options))
                 return f"{describe(f'start:{key}')} = {found!r}, expected {words}"
         for key in self.match.start:
@@ -231,8 +230,7 @@ class Preset(_Strict):
             return name, Finding(key, found.where)
         found = look.find(self.detector.name)
         if found is not None:
-            has = [found.value] if isinstance(found.value, str) else list(found.value)
-            names = [name for name in self.detectors if name in has]
+            names = [name for name in self.detectors if name in _several(found.value)]
             if names:
                 where = found.where + (f", first of {', '.join(names)}" if names[1:] else "")
                 return names[0], Finding(self.detectors[names[0]].get("key"), where)
@@ -456,6 +454,12 @@ def _check_fields(names: Any) -> None:
             f"unknown field(s) {', '.join(unknown)}; "
             f"known are {', '.join(sorted(Geometry.model_fields))}"
         )
+
+
+def _several(value: Any) -> list[Any]:
+    """Return the items of a list, the keys of a table, or the value alone."""
+    value = value.tolist() if isinstance(value, np.ndarray) else value
+    return list(value) if isinstance(value, list | tuple | Mapping) else [value]
 
 
 def _is_by_axis(source: Any) -> bool:

@@ -24,6 +24,8 @@ __all__ = ["Found", "Lookup", "check_source", "describe", "in_units", "unit_regi
 SCOPES = ("start", "baseline", "config")
 _UNITS = ("keV", "m", "um", "nm", "mm", "deg", "mrad", "angstrom")
 _MODIFIED = {"from", "units", "offset"}
+_UNIT = re.compile(r"[^\d*^]{1,30}")
+"""A unit by name, such as "mdeg"; pint would evaluate any expression, 9**9**9 among them."""
 _ITEMS = re.compile(r"\[(\d+|\d*:\d*)\]")
 
 
@@ -32,8 +34,8 @@ class Found:
     """A value as it was found."""
 
     value: Any
-    units: str | None
-    """Unit that the document or the preset says."""
+    units: Any
+    """Unit that the document or the preset says; None or a text, if all is well."""
     where: str
     """E.g. "start['nanobeam']['energy_keV']" or "the preset"."""
     offset: float = 0.0
@@ -163,15 +165,18 @@ def in_units(field: str, found: Found) -> Any:
     value = (
         found.value.tolist() if isinstance(found.value, np.ndarray | np.generic) else found.value
     )
-    target = unit_of(field)
+    target, units = unit_of(field), found.units
     try:
-        if target is not None and found.units not in (None, "", target):
-            quantity = unit_registry().Quantity(float(value), found.units)
+        if target is not None and units not in (None, "", target):
+            if not isinstance(units, str) or not _UNIT.fullmatch(units):
+                raise ValueError("not the name of a unit")
+            quantity = unit_registry().Quantity(float(value), units)
             value = float(quantity.to(target).magnitude)
         return float(value) + found.offset if found.offset else value
-    except (TypeError, ValueError, AttributeError) as error:  # pint's own are among them
+    except Exception as error:  # pint raises of many kinds, its parser's among them
         raise GeometryError(
-            f"{field}: cannot turn {value!r} {found.units!r} ({found.where}) into {target}: {error}"
+            f"{field}: cannot turn {value!r} {units!r} ({found.where}) into {target}: "
+            f"{str(error) or type(error).__name__}"
         ) from None
 
 
