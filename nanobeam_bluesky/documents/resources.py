@@ -172,11 +172,8 @@ def _parse(doc: Mapping[str, Any], root_map: Mapping[str, str]) -> Resource:
     if "uri" not in doc:
         location = location.rstrip("/") + "/"
     chunk: Sequence[Any] = parameters.get("chunk_shape") or ()
-    per_file = 0
-    if len(chunk) >= 3 or (len(chunk) and parameters.get("join_method") == "concat"):
-        per_file = count_of(chunk[0])
-    elif frames or "uri" not in doc:
-        per_file = 1
+    # frames in a file: the chunk's, or one a file where area detectors count frames
+    per_file = count_of(chunk[0]) if len(chunk) else int(frames > 0 or "uri" not in doc)
     return Resource(
         StoredRows(_sequence(location, str(template), filename), dataset, 0),
         frames,

@@ -92,6 +92,12 @@ def build_app(folder: Path | str, readable_storage: Iterable[Path | str]) -> Any
             "trees": [{"path": "/", "tree": "catalog", "args": storage}],
             "authentication": {"single_user_api_key": api_key()},
             "expose_raw_assets": False,
+            # what ``run.documents()`` asks for, and Tiled itself does not have
+            "media_types": {
+                "BlueskyRun": {
+                    "application/json-seq": "bluesky_tiled_plugins.exporters:json_seq_exporter"
+                }
+            },
         }
     )
 

@@ -4,6 +4,7 @@ Devices write the frames and positions of one simulated scan to files, or into d
 way beamlines do; a RunEngine emits the documents.
 """
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,12 +17,16 @@ import tifffile
 from bluesky import RunEngine
 from event_model import compose_resource, compose_stream_resource
 from ophyd.status import Status
+from ophyd_async.core import StaticPathProvider, TriggerInfo, UUIDFilenameProvider, init_devices
+from ophyd_async.sim import SimBlobDetector
 
-from nanobeam_bluesky.documents import AnalyzerChoice, Tally, derive
+from nanobeam_bluesky.callbacks import NanobeamCallback
+from nanobeam_bluesky.documents import AnalyzerChoice, Tally, derive, read_documents
 from nanobeam_bluesky.documents.frames import bin_frames
 from nanobeam_bluesky.geometry import Geometry
 from nanobeam_bluesky.models import Analyzer
 from nanobeam_bluesky.sim import SimulatedSXDM, phantom, sxdm_fly
+from nanobeam_bluesky.tiled_adapters import open_catalog, raw_writer
 
 SHAPE = ROWS, COLUMNS = 4, 5
 POINTS = ROWS * COLUMNS
@@ -102,6 +107,7 @@ class Flyer:
 
     def __init__(self, scan, folder, **options):
         self.name, self.scan, self.folder = "sxdm", scan, Path(folder)
+        self.folder.mkdir(exist_ok=True)
         self.__dict__ |= options
         self.write()
 
@@ -425,3 +431,143 @@ def test_every_dialect_gives_the_same_map(
 ):
     documents = recorded(engine, fly(device(scan, tmp_path, **options)))
     assert_same_map(change(documents), expected)
+
+
+# --------------------------------------------------------------------------- replays
+
+
+def test_documents_from_lines_of_json_give_the_same_map(engine, scan, expected, tmp_path):
+    """Both as they are kept by Bluesky and with the separators of Tiled's sequences."""
+    documents = recorded(engine, fly(Pages(scan, tmp_path)))
+    lines = [
+        json.dumps({"name": name, "doc": doc}, default=lambda array: array.tolist())
+        for name, doc in documents
+    ]
+    (tmp_path / "run.jsonl").write_text("\n".join(lines))
+    assert_same_map(read_documents(tmp_path / "run.jsonl"), expected)
+    (tmp_path / "run.jsonl").write_text("".join(f"\x1e{line}\n" for line in lines))
+    assert_same_map(read_documents(tmp_path / "run.jsonl"), expected)
+
+
+def test_lines_that_are_no_documents_are_named(tmp_path):
+    (tmp_path / "run.jsonl").write_text('["start", {}]\n{"name": "stop"}\n')
+    with pytest.raises(ValueError, match=r"run\.jsonl, line 2: expected a document"):
+        list(read_documents(tmp_path / "run.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory):
+    client = open_catalog(tmp_path_factory.mktemp("catalog"))
+    yield client
+    client.context.close()
+
+
+@pytest.mark.parametrize(
+    ("device", "options"),
+    [(Streams, {"frames": 2}), (Pages, {})],
+)
+def test_documents_read_back_from_tiled_give_the_same_map(
+    engine, scan, expected, tmp_path, catalog, device, options
+):
+    documents = recorded(engine, fly(device(scan, tmp_path, **options)))
+    write = raw_writer(catalog["raw"])
+    for name, doc in documents:
+        write(name, doc)
+    run = catalog["raw"][documents[0][1]["uid"]]
+    assert_same_map(run.documents(), expected)
+
+
+def test_runs_are_derived_one_after_the_other_and_others_are_skipped(engine, scan, tmp_path):
+    one = recorded(engine, fly(Pages(scan, tmp_path)))
+    cut = one[:-1]
+    other = [("start", {"uid": "other", "time": 0.0}), *one[1:]]
+    derived = list(derive([*cut, *other, *one], choice=CHOICE))
+    ends = [doc["exit_status"] for name, doc in derived if name == "stop"]
+    assert [d["original_run_uid"] for n, d in derived if n == "start"] == [one[0][1]["uid"]] * 2
+    assert ends == ["fail", "success"]
+
+
+# --------------------------------------------------------------------- the callback's
+
+
+def test_datums_reach_the_worker_process_that_reads_them(engine, scan, expected, tmp_path):
+    """By a handler, under another mount, while documents of another run come in between."""
+    device = Datums(scan, tmp_path, spec="NPY_SEQ", points=COLUMNS)
+    device.resource["root"] = "/ioc/data"
+    other = recorded(engine, fly(Datums(scan, tmp_path / "a")))
+    callback = NanobeamCallback(
+        "network", root_map={"/ioc": str(tmp_path.parent), "/ioc/data": str(tmp_path)}
+    )
+    derived = []
+    callback.subscribe(lambda name, doc: derived.append((name, doc)))
+    between = iter([("start", {"uid": other[0][1]["uid"], "time": 0.0}), *other[1:]])
+
+    def both(name, doc):
+        callback(name, doc)
+        callback(*next(between))
+
+    engine(fly(device), both)
+    try:
+        assert callback.wait(60)
+        assert (callback.health.points_seen, callback.health.errors) == (POINTS, 0)
+    finally:
+        callback.close()
+    found = columns(derived)
+    for name in ("strain", "counts", "flags", *MOTORS):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-12)
+
+
+# ----------------------------------------------------------------------- ophyd-async
+
+
+def geometry_block(geometry):
+    block = geometry.model_dump(mode="json", exclude_defaults=True, exclude_unset=True)
+    for name in ("wavelength_angstrom", "d_spacing_angstrom"):
+        block.pop(name, None)
+    return block | {"optics": geometry.optics.model_dump(mode="json", exclude_none=True)}
+
+
+def test_ophyd_async_detectors_restaged_for_each_row(engine, tmp_path):
+    """Two of its simulated detectors, two frames a point, a file a row."""
+    rows, columns = 3, 4
+    paths = StaticPathProvider(UUIDFilenameProvider(), tmp_path)
+    with init_devices():
+        det, det2 = (SimBlobDetector(paths, name=name) for name in ("det", "det2"))
+    start = geometry_block(
+        Geometry.published().model_copy(update={"bragg_center_px": (160.0, 120.0)})
+    )
+    md = {"shape": [rows, columns], "snaking": [False, True]}
+
+    @bpp.run_decorator(md=md | {"nanobeam": start | {"detector": "det"}})
+    def fly_rows():
+        for row in range(rows):
+            det.pattern_generator.set_x(row)
+            yield from bps.stage_all(det, det2)
+            trigger = TriggerInfo(number_of_events=columns, livetime=0.02, collections_per_event=2)
+            yield from bps.prepare(det, trigger, group="all")
+            yield from bps.prepare(det2, trigger, wait=True, group="all")
+            if not row:
+                yield from bps.declare_stream(det, det2, name="primary", collect=True)
+            yield from bps.kickoff_all(det, det2, wait=True)
+            yield from bps.collect_while_completing(
+                [det, det2], [det, det2], flush_period=0.05, stream_name="primary"
+            )
+            yield from bps.unstage_all(det, det2)
+
+    documents = recorded(engine, fly_rows())
+    tally = Tally()
+    derived = list(derive(documents, choice=AnalyzerChoice("network"), tally=tally))
+    assert (tally.points_seen, tally.errors) == (rows * columns, 0)
+    files = [d["uri"] for n, d in documents if n == "stream_resource" and d["data_key"] == "det"]
+    assert len(files) == rows
+    sums = []
+    for uri in files:
+        with h5py.File(uri.removeprefix("file://localhost")) as file:
+            frames = file["entry/data/data"][:, 56:184, 96:224].astype(int)
+        sums += frames.sum(axis=(1, 2)).reshape(columns, 2).sum(axis=1).tolist()
+    assert sums[0] != sums[4] != sums[8]
+    found = {}
+    for name, doc in derived:
+        if name == "event_page":
+            found |= dict(zip(doc["seq_num"], doc["data"]["counts"], strict=True))
+    assert [found[p] for p in range(1, rows * columns + 1)] == sums
