@@ -1,0 +1,298 @@
+"""Regions of frames straight from the chunks of an HDF5 file, without the HDF5 library.
+
+The library gives whole chunks, one at a time in one thread. Here only the rows of the region
+are read, or decompressed: bitshuffle packs blocks of 8 kB that stand for themselves. All of it
+runs without the interpreter lock.
+
+Formats: https://github.com/kiyo-masui/bitshuffle (filter 32008, with LZ4),
+https://github.com/lz4/lz4/blob/dev/doc/lz4_Block_format.md
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanobeam_bluesky.geometry import ROI
+from nanobeam_bluesky.physics._numba import kernel
+
+__all__ = ["ChunkLayout", "chunk_layout", "read_region"]
+
+Bytes = NDArray[np.uint8]
+
+_GZIP, _SHUFFLE, _BITSHUFFLE = 1, 2, 32008
+_LZ4 = 2  # the bitshuffle filter's number for it
+_HEADER = 12  # bytes before the first block: size of the chunk and of a block
+_LARGEST_BLOCK = 2**24
+
+
+class ChunkLayout:
+    """How a dataset of frames (n, rows, columns) keeps them: one frame, one chunk.
+
+    Attributes
+    ----------
+    dtype
+        Of the pixels.
+    shape
+        Rows and columns of a frame.
+    filters
+        Numbers of the filters in the order of writing: none, gzip with or without shuffle, or
+        bitshuffle with LZ4.
+    """
+
+    def __init__(self, dtype: np.dtype[Any], shape: tuple[int, int], filters: list[int]) -> None:
+        self.dtype = dtype
+        self.shape = shape
+        self.filters = filters
+
+
+def chunk_layout(dataset: Any) -> ChunkLayout | None:
+    """Return the layout of an h5py dataset, None where only the HDF5 library can read it."""
+    dtype = dataset.dtype
+    simple = dtype.kind in "uif" and dtype.isnative and dtype.itemsize in (1, 2, 4, 8)
+    if dataset.ndim != 3 or not simple or dataset.chunks != (1, *dataset.shape[1:]):
+        return None
+    creation = dataset.id.get_create_plist()
+    filters = [creation.get_filter(i) for i in range(creation.get_nfilters())]
+    numbers = [f[0] for f in filters]
+    if numbers == [_BITSHUFFLE]:
+        values = filters[0][2]
+        if len(values) < 5 or values[4] != _LZ4:
+            return None
+    elif numbers not in ([], [_GZIP], [_SHUFFLE, _GZIP]):
+        return None
+    return ChunkLayout(dtype, dataset.shape[1:], numbers)
+
+
+def read_region(
+    dataset: Any, layout: ChunkLayout, descriptor: int, first: int, n: int, roi: ROI
+) -> NDArray[Any]:
+    """Read a region of consecutive frames.
+
+    Parameters
+    ----------
+    dataset
+        Of the frames, refreshed.
+    layout
+        Its layout.
+    descriptor
+        The same file, opened for reading by `os.open`.
+    first, n
+        Frames.
+    roi
+        The region, inside the frames.
+
+    Returns
+    -------
+    ndarray
+        (n, roi.height, roi.width), zero where a frame was never written.
+
+    Raises
+    ------
+    OSError
+        If a chunk lies beyond the end of the file, or is not what its filter makes.
+    """
+    rows, columns = layout.shape
+    out = np.zeros((n, roi.height, roi.width), layout.dtype)
+    size = layout.dtype.itemsize
+    scratch = np.empty(0, np.uint8)
+    for i in range(n):
+        info = dataset.id.get_chunk_info_by_coord((first + i, 0, 0))
+        if info.byte_offset is None:
+            continue  # HDF5's fill value
+        # a filter that did not help is left out, chunk by chunk
+        filters = [f for k, f in enumerate(layout.filters) if not info.filter_mask >> k & 1]
+        if not filters:
+            start = info.byte_offset + roi.row * columns * size
+            raw = _read(descriptor, start, roi.height * columns * size)
+            band = raw.view(layout.dtype).reshape(roi.height, columns)
+            out[i] = band[:, roi.col : roi.col + roi.width]
+            continue
+        raw = _read(descriptor, info.byte_offset, info.size)
+        if filters == [_BITSHUFFLE]:
+            block = int.from_bytes(raw[8:_HEADER].tobytes(), "big")
+            if len(scratch) != block and 0 < block <= _LARGEST_BLOCK:
+                scratch = np.empty(block, np.uint8)
+            good = _unpack(
+                raw, rows * columns, size, columns, roi.row, roi.col, scratch,
+                out[i].view(np.uint8).reshape(roi.height, roi.width, size),
+            )  # fmt: skip
+            if not good:
+                raise OSError(f"frame {first + i}: its chunk is no bitshuffle of LZ4 blocks")
+        else:
+            try:
+                whole = np.frombuffer(zlib.decompress(raw), np.uint8)
+            except zlib.error as error:
+                raise OSError(f"frame {first + i}: {error}") from error
+            if len(whole) != rows * columns * size:
+                raise OSError(f"frame {first + i}: its chunk has {len(whole)} bytes")
+            if _SHUFFLE in filters:
+                whole = np.ascontiguousarray(whole.reshape(size, -1).T)
+            frame = whole.reshape(-1).view(layout.dtype).reshape(rows, columns)
+            out[i] = frame[roi.slices]
+    return out
+
+
+def _read(descriptor: int, offset: int, size: int) -> Bytes:
+    raw = os.pread(descriptor, size, offset)
+    if len(raw) < size:
+        raise OSError("cut off: the file is truncated")
+    return np.frombuffer(raw, np.uint8)
+
+
+@kernel
+def _unpack(
+    raw: Bytes,
+    elements: int,
+    size: int,
+    columns: int,
+    row: int,
+    column: int,
+    block: Bytes,
+    out: NDArray[np.uint8],
+) -> bool:
+    """Decompress the blocks that hold pixels of a region, and put these in their places.
+
+    `out` is (height, width, size). False if what is there is no such chunk.
+    """
+    height, width = out.shape[:2]
+    per_block = len(block) // size
+    if len(raw) < _HEADER or per_block == 0 or per_block % 8 or len(block) % size:
+        return False
+    at, first = _HEADER, 0
+    top = row * columns + column
+    bottom = (row + height - 1) * columns + column + width
+    planes = np.empty((size, 8), np.uint8)
+    while first < bottom:
+        count = min(per_block, (elements - first) // 8 * 8)
+        if count == 0:  # fewer than eight at the end: as they are
+            for i in range(first, elements):
+                r, c = i // columns - row, i % columns - column
+                if 0 <= r < height and 0 <= c < width:
+                    start = at + (i - first) * size
+                    if start + size > len(raw):
+                        return False
+                    for k in range(size):
+                        out[r, c, k] = raw[start + k]
+            return True
+        if at + 4 > len(raw):
+            return False
+        packed = (
+            (np.int64(raw[at]) << 24)
+            | (np.int64(raw[at + 1]) << 16)
+            | (np.int64(raw[at + 2]) << 8)
+            | np.int64(raw[at + 3])
+        )
+        at += 4
+        if at + packed > len(raw):
+            return False
+        if first + count > top:
+            if not _lz4(raw[at : at + packed], block[: count * size]):
+                return False
+            begin = max(row, first // columns)
+            end = min(row + height, (first + count - 1) // columns + 1)
+            for r in range(begin, end):
+                low = max(first, r * columns + column) - first
+                high = min(first + count, r * columns + column + width) - first
+                if low < high:
+                    shift = r * columns + column - first
+                    _unshuffle(block, count, size, low, high, shift, planes, out[r - row])
+        at += packed
+        first += count
+    return True
+
+
+@kernel
+def _unshuffle(
+    block: Bytes,
+    count: int,
+    size: int,
+    low: int,
+    high: int,
+    shift: int,
+    planes: Bytes,
+    line: NDArray[np.uint8],
+) -> None:
+    """Undo the bit shuffle of the elements low ≤ i < high of a block; i − shift in `line`."""
+    stride = count // 8
+    for group in range(low // 8, (high + 7) // 8):
+        for k in range(size):
+            # eight bytes, of which the bit m belong to element m: an 8×8 transposition
+            x = np.uint64(0)
+            for bit in range(8):
+                x |= np.uint64(block[(8 * k + bit) * stride + group]) << np.uint64(8 * bit)
+            t = (x ^ (x >> np.uint64(7))) & np.uint64(0x00AA00AA00AA00AA)
+            x = x ^ t ^ (t << np.uint64(7))
+            t = (x ^ (x >> np.uint64(14))) & np.uint64(0x0000CCCC0000CCCC)
+            x = x ^ t ^ (t << np.uint64(14))
+            t = (x ^ (x >> np.uint64(28))) & np.uint64(0x00000000F0F0F0F0)
+            x = x ^ t ^ (t << np.uint64(28))
+            for m in range(8):
+                planes[k, m] = (x >> np.uint64(8 * m)) & np.uint64(255)
+        for m in range(max(0, low - 8 * group), min(8, high - 8 * group)):
+            for k in range(size):
+                line[8 * group + m - shift, k] = planes[k, m]
+
+
+@kernel
+def _lz4(source: Bytes, target: Bytes) -> bool:
+    """Decompress one LZ4 block that makes exactly `target`; False if it does not."""
+    i, j = 0, 0
+    n, m = len(source), len(target)
+    while i < n:
+        token = source[i]
+        i += 1
+        length = np.int64(token >> 4)
+        if length == 15:
+            while True:
+                if i >= n:
+                    return False
+                more = np.int64(source[i])
+                i += 1
+                length += more
+                if more != 255:
+                    break
+        if i + length > n or j + length > m:
+            return False
+        here, there = source[i : i + length], target[j : j + length]
+        for k in range(length):
+            there[k] = here[k]
+        i += length
+        j += length
+        if i == n:
+            break  # the last sequence has literals only
+        if i + 2 > n:
+            return False
+        offset = np.int64(source[i]) | (np.int64(source[i + 1]) << 8)
+        i += 2
+        length = np.int64(token & 15)
+        if length == 15:
+            while True:
+                if i >= n:
+                    return False
+                more = np.int64(source[i])
+                i += 1
+                length += more
+                if more != 255:
+                    break
+        length += 4
+        if offset == 0 or offset > j or j + length > m:
+            return False
+        if offset == 1:
+            there = target[j : j + length]
+            value = target[j - 1]
+            for k in range(length):
+                there[k] = value
+        elif offset >= length:
+            here, there = target[j - offset : j - offset + length], target[j : j + length]
+            for k in range(length):
+                there[k] = here[k]
+        else:
+            for k in range(length):
+                target[j + k] = target[j - offset + k]
+        j += length
+    return j == m
