@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
-import uuid
 from collections.abc import Callable
 from typing import Any
 
-from confluent_kafka import Consumer, KafkaError, Producer
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
 from nanobeam_bluesky.transports.receiver import Take
 from nanobeam_bluesky.transports.wire import decode, to_msgpack
@@ -20,6 +19,8 @@ logger = logging.getLogger("nanobeam_bluesky")
 DERIVED_TOPIC = "nanobeam.derived"
 POLL_SECONDS = 0.1
 CLOSE_SECONDS = 10.0
+CONNECT_SECONDS = 10.0
+TOPIC_SECONDS = 5.0
 _KEY = b"nanobeam"
 """One key, so that all goes to one partition, which alone keeps the order."""
 
@@ -38,11 +39,11 @@ class KafkaSource:
     """
 
     def __init__(self, servers: str, topic: str, settings: dict[str, Any] | None = None) -> None:
+        self.servers = servers
         self.topic = topic
         self._settings = {
             "bootstrap.servers": servers,
-            "group.id": f"nanobeam-live-{uuid.uuid4()}",  # each reads all
-            "auto.offset.reset": "latest",
+            "group.id": "nanobeam-live",  # which the client wants, though it joins none
             "enable.auto.commit": False,
             **(settings or {}),
         }
@@ -52,7 +53,8 @@ class KafkaSource:
         consumer = Consumer(self._settings)
         last = ""
         try:
-            consumer.subscribe([self.topic], on_assign=lambda *partitions: ready())
+            consumer.assign(self._partitions(consumer, stop))
+            ready()
             while not stop.is_set():
                 message = consumer.poll(POLL_SECONDS)
                 if message is None:
@@ -70,6 +72,26 @@ class KafkaSource:
                 take(name, doc)
         finally:
             consumer.close()
+
+    def _partitions(self, consumer: Consumer, stop: threading.Event) -> list[TopicPartition]:
+        """Return the topic's partitions with where they end now; waits until there is one.
+
+        Not by a group's subscription, which takes seconds to begin, and loses what is
+        published until it has made out what "latest" is.
+        """
+        try:
+            while not stop.is_set():
+                found = consumer.list_topics(self.topic, timeout=CONNECT_SECONDS).topics[self.topic]
+                parts = [TopicPartition(self.topic, number) for number in found.partitions]
+                for part in parts:
+                    part.offset = consumer.get_watermark_offsets(part, timeout=CONNECT_SECONDS)[1]
+                if parts:
+                    return parts
+                logger.warning("Kafka topic %s is not there yet", self.topic)
+                stop.wait(TOPIC_SECONDS)
+        except KafkaException as error:
+            raise ConnectionError(f"no Kafka at {self.servers}: {error}") from error
+        return []
 
 
 class KafkaPublisher:

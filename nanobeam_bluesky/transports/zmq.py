@@ -50,15 +50,14 @@ class ZMQSource:
             loop = asyncio.new_event_loop()
             dispatcher = RemoteDispatcher(self.address, loop=loop, deserializer=self._read)
             dispatcher.subscribe(lambda name, doc: take(name, doc))
-            watching = loop.create_task(_watch(stop, ready))
+            loop.call_later(SETTLE_SECONDS, ready)
+            _watch(loop, stop)
             try:
                 dispatcher.start()
             except asyncio.CancelledError:
                 return
-            except Exception:  # a message with a name that is none ends a dispatcher
-                logger.exception("the subscription to %s begins again", self.address)
-            finally:
-                watching.cancel()
+            except Exception as error:  # a message with a name that is none ends a dispatcher
+                logger.warning("the subscription to %s begins again: %r", self.address, error)
 
     def _read(self, data: bytes) -> Any:
         try:
@@ -67,14 +66,13 @@ class ZMQSource:
             return f"{error}"
 
 
-async def _watch(stop: threading.Event, ready: Callable[[], None]) -> None:
-    """End the dispatcher, which has no method for it, when `stop` is set."""
-    await asyncio.sleep(SETTLE_SECONDS)
-    ready()
-    while not stop.is_set():
-        await asyncio.sleep(_STOP_SECONDS)
-    for task in asyncio.all_tasks():
-        task.cancel()
+def _watch(loop: asyncio.AbstractEventLoop, stop: threading.Event) -> None:
+    """End a dispatcher, which has no method for it, when `stop` is set."""
+    if stop.is_set():
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+    else:
+        loop.call_later(_STOP_SECONDS, _watch, loop, stop)
 
 
 class ZMQPublisher(Publisher):
