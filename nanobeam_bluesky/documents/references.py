@@ -325,8 +325,11 @@ class RunReferences:
         uid, of = doc["stream_resource"], doc["descriptor"]
         first, stop = _range(doc["seq_nums"], 1)
         index, _ = _range(doc["indices"], 0)
-        if uid not in self._resources or of not in self._streams:
-            self._wait(uid if uid not in self._resources else of, doc)
+        missing = [
+            m for m, known in ((uid, self._resources), (of, self._streams)) if m not in known
+        ]
+        if missing:
+            self._wait(missing[0], doc)
             return
         identity = f"{uid} {doc.get('uid')}"
         if self._seen.get(identity) == (first, stop, index):

@@ -27,11 +27,13 @@ DATASET = "/entry/data/data"
 """Where area detectors write frames; their NeXus layout links it from elsewhere."""
 
 _HDF5_SPECS = frozenset(
-    """
-    HDF5 AD_HDF5 AD_HDF5_SINGLE AD_HDF5_SWMR AD_HDF5_SWMR_STREAM AD_HDF5_SWMR_SLICE AD_HDF5_GERM
-    EIGER2_STREAM MERLIN_FLY_STREAM_V2 MERLIN_HDF5_BULK TPX_HDF5 PANDA ROI_HDF5_FLY ROI_HDF51_FLY
-    SIS_HDF51 SIS_HDF51_FLY_STREAM_V1 ZEBRA_HDF51 ZEBRA_HDF51_FLY_STREAM_V1
-    """.split()
+    {"HDF5", "PANDA", "EIGER2_STREAM", "TPX_HDF5", "MERLIN_FLY_STREAM_V2", "MERLIN_HDF5_BULK"}
+    | {
+        f"AD_HDF5{kind}"
+        for kind in ("", "_SINGLE", "_SWMR", "_SWMR_STREAM", "_SWMR_SLICE", "_GERM")
+    }
+    | {"ROI_HDF5_FLY", "ROI_HDF51_FLY", "SIS_HDF51", "SIS_HDF51_FLY_STREAM_V1"}
+    | {"ZEBRA_HDF51", "ZEBRA_HDF51_FLY_STREAM_V1"}
 )
 _TIFF_SPECS = frozenset({"AD_TIFF"})
 _HDF5_TYPES = frozenset({"application/x-hdf5", "application/x-hdf"})
@@ -194,22 +196,21 @@ def _sequence(location: str, template: str, filename: str) -> str:
     `template` is of the old form, "%s%s_%6.6d.tiff" (folder, file name, number), or of the
     new one, "img_{:06d}.tiff", which goes on where `location` ends.
     """
-    template = template.replace("{filename}", filename.replace("{", "{{"))
     found = _OLD_FIELD.search(template) or _NEW_FIELD.search(template)
     if found is None:
         raise ValueError(f"template {template!r}: expected a number such as %06d or {{:06d}}")
     head, tail = template[: found.start()], template[found.end() :]
-    if "%s" in head:  # the first is the folder, with or without its own slash
-        head = head.replace("%s", "", 1) if head.count("%s") > 1 or not filename else head
-        head = head.replace("%s", filename)
-    if re.search(r"[{}]|%[-+ #\d.]*[a-zA-Z]", head + tail):
+    if re.search(r"[{}%]", (head + tail).replace("{filename}", "").replace("%s", "")):
         raise ValueError(f"template {template!r}: expected one number and no other field")
+    if head.count("%s") > 1 or not filename:
+        head = head.replace("%s", "", 1)  # the folder
+    head, tail = (
+        part.replace("%s", filename).replace("{filename}", filename) for part in (head, tail)
+    )
+    before = location.rstrip("/") + head if head.startswith("/") else location + head
+    _checked(before + tail)
     digits = max((int(n) for n in found.groups() if n), default=0)
-    path = location.rstrip("/") + head if head.startswith("/") else location + head
-    whole_path = _checked(path + tail)
-    before = whole_path[: len(whole_path) - len(tail)] if tail else whole_path
-    field = f"{{:0{digits}d}}" if digits else "{:d}"
-    return _escaped(before) + field + _escaped(tail)
+    return _escaped(before) + (f"{{:0{digits}d}}" if digits else "{:d}") + _escaped(tail)
 
 
 def _escaped(text: str) -> str:

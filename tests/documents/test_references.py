@@ -1,13 +1,19 @@
 """Documents of real devices become references to the right frames."""
 
 import json
+import re
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from event_model import unpack_event_page
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nanobeam_bluesky.documents import PointBlock, RunReferences, StoredRows
+from nanobeam_bluesky.documents import references as references_module
+from nanobeam_bluesky.documents.references import SURPLUS_POINTS
 from nanobeam_bluesky.geometry import ROI
 
 RECORDINGS = Path(__file__).with_name("recordings")
@@ -267,20 +273,234 @@ def test_a_datum_before_its_resource_is_kept():
 
 
 @pytest.mark.parametrize(
-    ("uri", "words"),
+    ("changes", "words"),
     [
-        ("https://example.org/a.h5", "file on this machine"),
-        ("file://elsewhere/data/a.h5", "file on this machine"),
+        ({"uri": "https://example.org/a.h5"}, "file on this machine"),
+        ({"uri": "file://elsewhere/data/a.h5"}, r"root_map=\{'//elsewhere/"),
+        ({"uri": "file://localhost/data/%2e%2e/etc/a.h5"}, r"without '\.\.'"),
+        ({"uri": "file://localhost/data/a%00.h5"}, "expected a path"),
+        ({"uri": "a.h5"}, "absolute path"),
+        ({"uri": None}, "file on this machine|absolute path"),
+        ({"mimetype": "text/csv"}, "expected HDF5 or TIFF, found 'text/csv'"),
+        ({"parameters": {}}, "name of a dataset"),
+        ({"parameters": {"dataset": "d", "template": "{0.__class__}.h5"}}, "expected a number"),
+        ({"parameters": {"dataset": "d", "template": "{:09999999d}.h5"}}, "expected a number"),
+        ({"parameters": {"dataset": "d", "template": "/../{:d}.h5"}}, r"without '\.\.'"),
+        ({"parameters": {"dataset": "d", "template": "{:d}{:d}.h5"}}, "one number"),
     ],
 )
-def test_frames_that_are_not_local_are_a_problem_of_their_points(uri, words):
+def test_frames_that_must_not_be_read_are_a_problem_of_their_points(changes, words):
     references = RunReferences(("y", "x"))
-    problems = []
+    blocks = []
     for kind, doc in recording("restage_rows"):
-        changed = doc | {"uri": uri} if kind == "stream_resource" else doc
-        problems += [b.problem for _, b in references.document(kind, changed, WHOLE)]
-    assert problems
-    assert all(words in problem for problem in problems)
+        changed = doc | changes if kind == "stream_resource" else doc
+        blocks += [b for _, b in references.document(kind, changed, WHOLE)]
+    assert sorted({p for b in blocks for p in range(b.first, b.stop)}) == list(range(1, 13))
+    assert all(re.search(words, b.problem) for b in blocks), blocks[0].problem
+
+
+@pytest.mark.parametrize(
+    ("uri", "path"),
+    [
+        ("file://localhost/ioc/data/a.h5", "/mnt/a.h5"),
+        ("file:///ioc/data2/a.h5", "/ioc/data2/a.h5"),
+        ("file://ioc1/disk/x/a.h5", "/nfs/x/a.h5"),
+        ("file://localhost/C:/x/a.h5", "/windows/x/a.h5"),
+    ],
+)
+def test_paths_of_other_mounts_are_mapped_by_their_longest_prefix(uri, path):
+    root_map = {
+        "/ioc": "/wrong",
+        "/ioc/data": "/mnt",
+        "/ioc/data2": "/ioc/data2",
+        "//ioc1/disk": "/nfs/",
+        "/C:": "/windows",
+    }
+    references = RunReferences(("y", "x"), root_map=root_map)
+    documents = [
+        (n, d | {"uri": uri} if n == "stream_resource" else d) for n, d in recording("restage_rows")
+    ]
+    assert {r[0] for r in rows_of_points(documents, references).values()} == {path}
+
+
+@pytest.mark.parametrize(
+    ("resource", "path"),
+    [
+        ({"root": "/data", "resource_path": "a/b.h5"}, "/data/a/b.h5"),
+        ({"root": "/data/", "resource_path": "/data/a/b.h5"}, "/data/a/b.h5"),
+        ({"root": "/", "resource_path": "data/b.h5"}, "/data/b.h5"),
+        ({"root": "", "resource_path": "/data/b.h5"}, "/data/b.h5"),
+        (
+            {"root": "C:\\data", "resource_path": "a\\b.h5", "path_semantics": "windows"},
+            "/mnt/data/a/b.h5",
+        ),
+    ],
+)
+def test_root_and_path_of_a_resource_are_joined(resource, path):
+    references = RunReferences(("y", "x"), root_map={"C:": "/mnt"})
+    documents = [
+        (n, d | resource if n == "resource" else d)
+        for n, d in recording("legacy_fly_event_per_row")
+    ]
+    assert {r[0] for r in rows_of_points(documents, references).values()} == {path}
+
+
+def test_the_oldest_stream_resources_are_read():
+    """Those with spec, root and resource_path instead of mimetype and uri."""
+    documents = list(recording("restage_rows"))
+    for i, (kind, doc) in enumerate(documents):
+        if kind == "stream_resource":
+            doc = {k: doc[k] for k in ("uid", "data_key", "run_start")}
+            doc |= {"spec": "AD_HDF5_SWMR_STREAM", "root": "/data", "resource_path": f"{i}.h5"}
+            documents[i] = (kind, doc | {"resource_kwargs": {"path": "/d"}})
+    rows = rows_of_points(documents, RunReferences(("y", "x")))
+    assert {d for _, d, _, _ in rows.values()} == {"/d"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "mimetype", "parameters", "frames", "where"),
+    [
+        ("stream", "image/tiff", {"template": "/i_{:06d}.tif"}, 1, ("/d/i_{:06d}.tif", 2, 1, 1)),
+        ("stream", "image/tiff", {"template": "/i_%05d.tif"}, 1, ("/d/i_{:05d}.tif", 2, 1, 1)),
+        (
+            "stream",
+            "image/tiff",
+            {"template": "/%s_%6.6d.tif", "filename": "a{b}"},
+            2,
+            ("/d/a{{b}}_{:06d}.tif", 4, 2, 2),
+        ),
+        (
+            "stream",
+            "image/tiff",
+            {"template": "/{filename}_{}.tif", "filename": "ab", "chunk_shape": [1, 8, 8]},
+            2,
+            ("/d/ab_{:d}.tif", 4, 2, 1),
+        ),
+        (
+            "stream",
+            "image/tiff",
+            {"template": "/{:d}.tif", "files_per_datum": 2},
+            4,
+            ("/d/{:d}.tif", 8, 4, 2),
+        ),
+        (
+            "stream",
+            "x-hdf5",
+            {"template": "/{:d}.h5", "dataset": "d", "multiplier": 2},
+            1,
+            ("/d/{:d}.h5", 4, 2, 1),
+        ),
+    ],
+)
+def test_sequences_of_files_are_numbered(kind, mimetype, parameters, frames, where):
+    references = RunReferences(("y", "x"))
+    documents = list(recording("restage_rows"))[:5]
+    documents[1][1]["data_keys"]["det"]["shape"] = [frames, 240, 320]
+    prefix = "multipart/related;type=" if mimetype == "image/tiff" else "application/"
+    documents[2] = (
+        "stream_resource",
+        documents[2][1]
+        | {"uri": "file:///d/", "mimetype": prefix + mimetype, "parameters": parameters},
+    )
+    datum = documents[4][1] | {
+        "seq_nums": {"start": 3, "stop": 5},
+        "indices": {"start": 2, "stop": 4},
+    }
+    documents[4] = ("stream_datum", datum)
+    (block,) = (b for n, d in documents for _, b in references.document(n, d, WHOLE))
+    s = block.stored
+    assert (block.first, block.count) == (3, 2)
+    assert (s.path, s.row, s.rows_per_point, s.rows_per_file) == where
+    assert s.path.format(7)
+
+
+HOSTILE = (
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.sampled_from([10**12, -(10**12), 2**63, 10**30, 1e308, float("nan")])
+    | st.sampled_from(["", "det", "x", "../..", "{}", "%s%s", "\0"])
+    | st.lists(st.integers(-1, 10**9), max_size=4)
+    | st.dictionaries(st.sampled_from(["start", "stop", "shape"]), st.integers(-2, 10**13))
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_whatever_a_document_says_costs_at_most_itself(data):
+    """Fields of every depth are replaced, left out or doubled, and documents reordered."""
+    name = data.draw(
+        st.sampled_from(["legacy_fly_event_per_row", "restage_rows", "embedded_pages"])
+    )
+    documents = [(n, d) for n, d in recording(name) if n != "start"]
+    for _ in range(data.draw(st.integers(1, 4))):
+        i = data.draw(st.integers(0, len(documents) - 1))
+        value = documents[i][1]
+        while isinstance(value, dict) and value:
+            key = data.draw(st.sampled_from(sorted(value)))
+            if not isinstance(value[key], dict) or data.draw(st.booleans()):
+                if data.draw(st.booleans()):
+                    value[key] = data.draw(HOSTILE)
+                else:
+                    del value[key]
+                break
+            value = value[key]
+    if data.draw(st.booleans()):
+        documents = data.draw(st.permutations(documents))
+    notes = []
+    references = RunReferences(("y", "x"), shape=(3, 4), note=notes.append)
+    try:
+        blocks = [b for n, d in documents for _, b in references.document(n, d, WHOLE)]
+    except ValueError as error:
+        assert "several images" in str(error)
+        return
+    blocks += [b for _, b in references.finish()]
+    for block in blocks:
+        assert 1 <= block.first < block.stop <= 12 + SURPLUS_POINTS + 1
+        assert (block.stored is None) + (block.values is None) + (not block.problem) == 2
+        if block.values is not None:
+            assert len(block.values) == block.count
+        json.dumps(block.stored and asdict(block.stored))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "points"),
+    [
+        ({"start": 1, "stop": 10**12}, 12 + SURPLUS_POINTS),
+        ({"start": 10**12, "stop": 10**12 + 5}, 0),
+        ({"start": 5, "stop": 2}, 0),
+        ({"start": -5, "stop": 2}, 0),
+        ({"start": "1", "stop": "5"}, 0),
+        ({"start": 3, "stop": 3}, 0),
+        ({}, 0),
+    ],
+)
+def test_impossible_numbers_of_points_are_ignored_with_a_reason(numbers, points):
+    notes = []
+    references = RunReferences(("y", "x"), shape=(3, 4), note=notes.append)
+    documents = list(recording("restage_rows"))[:5]
+    documents[4] = ("stream_datum", documents[4][1] | {"seq_nums": numbers})
+    blocks = [b for n, d in documents for _, b in references.document(n, d, WHOLE)]
+    assert sum(b.count for b in blocks) == points
+    assert bool(notes) == (numbers != {"start": 3, "stop": 3})
+
+
+def test_datums_that_no_event_asks_for_are_forgotten(monkeypatch):
+    monkeypatch.setattr(references_module, "MAX_KEPT", 50)
+    notes = []
+    references = RunReferences(("y", "x"), note=notes.append)
+    documents = list(recording("legacy_fly_event_per_row"))
+    for n, d in documents[:3]:
+        list(references.document(n, d, WHOLE))
+    datum, page = documents[3][1], documents[6][1]
+    for i in range(200):
+        d = datum | {"datum_id": f"never asked for {i}", "datum_kwargs": {"point_number": i}}
+        list(references.document("datum", d, WHOLE))
+    event = page | {"seq_num": [1], "data": {"eiger1_image": ["never asked for 199"]}}
+    assert len(list(references.document("event_page", event, WHOLE))) == 1
+    event = page | {"seq_num": [2], "data": {"eiger1_image": ["never asked for 0"]}}
+    assert not list(references.document("event_page", event, WHOLE))
+    assert len(list(references.finish())) == 1
 
 
 def test_a_percent_encoded_path_is_decoded():
