@@ -1,16 +1,20 @@
 """Frames and positions are read from real files, finished or growing, whole or damaged."""
 
+import json
 import os
 import re
 import sys
+from dataclasses import replace
 from subprocess import PIPE, Popen
 from typing import get_args
 
 import h5py
 import numpy as np
 import pytest
+import tifffile
 
 from nanobeam_bluesky.documents import FrameReader, PointBlock, ReadStatus, StoredRows
+from nanobeam_bluesky.documents import frames as module
 from nanobeam_bluesky.documents.frames import MAX_OPEN_FILES, bin_frames
 from nanobeam_bluesky.geometry import Geometry, Orientation
 
@@ -226,6 +230,148 @@ def test_a_device_file_is_never_opened():
     )
     assert status.tolist() == [NEVER]
     assert "regular file" in reason
+
+
+def test_a_symbolic_link_is_never_followed_but_those_of_folders_are(tmp_path):
+    (tmp_path / "real").mkdir()
+    stored = write(tmp_path / "real" / "a.h5", frames(1))
+    (tmp_path / "link.h5").symlink_to(stored.path)
+    (tmp_path / "folder").symlink_to(tmp_path / "real")
+    reader = FrameReader(geometry())
+    _, _, status, reason = reader.patterns(
+        PointBlock(1, 1, replace(stored, path=str(tmp_path / "link.h5")))
+    )
+    assert status.tolist() == [NEVER]
+    assert "symbolic link" in reason
+    through = replace(stored, path=str(tmp_path / "folder" / "a.h5"))
+    assert reader.patterns(PointBlock(1, 1, through))[2].tolist() == [OK]
+
+
+def test_frames_of_four_axes_follow_each_other(tmp_path):
+    data = frames(6)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["d"] = data.reshape(2, 3, 512, 512)
+    reader = FrameReader(geometry())
+    stored = StoredRows(str(tmp_path / "a.h5"), "d", 2)
+    patterns, _, status, _ = reader.patterns(PointBlock(1, 5, stored))
+    assert status.tolist() == [OK] * 4 + [RETRY]
+    for pattern, frame in zip(patterns, data[2:], strict=False):
+        np.testing.assert_array_equal(pattern, plain_pattern(frame, geometry()))
+    summed = replace(stored, row=0, rows_per_point=3)
+    patterns, *_ = reader.patterns(PointBlock(1, 2, summed))
+    np.testing.assert_array_equal(patterns[1], plain_pattern(data[3:].sum(axis=0), geometry()))
+
+
+def test_more_frames_of_a_point_than_fit_into_memory_are_summed_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MAX_FRAMES", 2)
+    data = frames(6)
+    stored = replace(write(tmp_path / "a.h5", data), rows_per_point=3)
+    patterns, *_ = FrameReader(geometry()).patterns(PointBlock(1, 2, stored))
+    np.testing.assert_array_equal(patterns[1], plain_pattern(data[3:].sum(axis=0), geometry()))
+
+
+def test_the_points_of_a_scan_share_a_dataset_of_a_length_not_told(tmp_path):
+    """Encoders that were read so often for each point that their number divides."""
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file["x"] = np.arange(30.0)
+    reader = FrameReader(geometry())
+    block = PointBlock(1, 3, StoredRows(str(path), "x", 0, shared_by=3, scale=-0.5))
+    assert reader.scalars(block)[0].tolist() == [-2.25, -7.25, -12.25]
+    assert reader.scalars(block.part(2, 4))[0].tolist() == [-7.25, -12.25]
+    for points in (4, 31):
+        uneven = PointBlock(1, points, StoredRows(str(path), "x", 0, shared_by=points))
+        _, status, reason = reader.scalars(uneven)
+        assert status.tolist() == [RETRY] * points
+        assert "do not share equally" in reason
+
+
+def tiff(path, data):
+    tifffile.imwrite(path, data, photometric="minisblack")
+
+
+def test_a_tiff_file_of_each_frame_is_read_when_it_is_there(tmp_path):
+    data = frames(4)
+    reader = FrameReader(geometry())
+    stored = StoredRows(f"{tmp_path}/i_{{:04d}}.tif", "", 0, rows_per_file=1)
+    tiff(tmp_path / "i_0000.tif", data[0])
+    tiff(tmp_path / "i_0002.tif", data[2])
+    tiff(tmp_path / "i_0003.tif", data[3])
+    with open(tmp_path / "i_0003.tif", "r+b") as file:
+        file.truncate(100)
+    patterns, _, status, reason = reader.patterns(PointBlock(1, 4, stored))
+    assert status.tolist() == [OK, RETRY, OK, RETRY]
+    assert "i_0003.tif" in reason
+    np.testing.assert_array_equal(patterns[2], plain_pattern(data[2], geometry()))
+    tiff(tmp_path / "i_0001.tif", data[1])
+    pairs = replace(stored, rows_per_point=2)
+    patterns, *_ = reader.patterns(PointBlock(1, 1, pairs))
+    np.testing.assert_array_equal(patterns[0], plain_pattern(data[:2].sum(axis=0), geometry()))
+
+
+def test_files_of_several_frames_are_read_one_after_the_other(tmp_path):
+    data = frames(6)
+    for i in range(2):
+        tiff(tmp_path / f"{i}.tif", data[3 * i : 3 * i + 3])
+        write(tmp_path / f"{i}.h5", data[3 * i : 3 * i + 3])
+    for end, dataset in ((".tif", ""), (".h5", "entry/data")):
+        stored = StoredRows(f"{tmp_path}/{{:d}}{end}", dataset, 1, 2, rows_per_file=3)
+        patterns, _, status, _ = FrameReader(geometry()).patterns(PointBlock(1, 2, stored))
+        assert status.tolist() == [OK] * 2
+        for i, pattern in enumerate(patterns):
+            whole = data[1 + 2 * i : 3 + 2 * i].sum(axis=0)
+            np.testing.assert_array_equal(pattern, plain_pattern(whole, geometry()))
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (np.zeros((100, 100), np.uint16), "100 × 100"),
+        (np.zeros((512, 512, 3), np.uint8), "expected a grey image"),
+    ],
+)
+def test_tiff_files_of_the_wrong_kind_are_never_readable(tmp_path, image, words):
+    tifffile.imwrite(tmp_path / "0.tif", image)
+    stored = StoredRows(f"{tmp_path}/{{:d}}.tif", "", 0, rows_per_file=1)
+    _, _, status, reason = FrameReader(geometry()).patterns(PointBlock(1, 1, stored))
+    assert (status.tolist(), words in reason) == ([NEVER], True)
+
+
+def by_handler(path, spec="NPY_SEQ", index=0, **changes):
+    text = json.dumps([spec, {}, {"index": index}])
+    return StoredRows(str(path), "", 0, handler=text, **changes)
+
+
+def test_a_registered_handler_reads_what_is_not_hdf5(tmp_path):
+    data = frames(4)
+    reader = FrameReader(geometry())
+    _, _, status, reason = reader.patterns(PointBlock(1, 1, by_handler(tmp_path / "a")))
+    assert (status.tolist(), "FileNotFoundError" in reason) == ([RETRY], True)
+    np.save(tmp_path / "a_0.npy", data)
+    block = PointBlock(1, 5, by_handler(tmp_path / "a"))
+    patterns, _, status, reason = reader.patterns(block)
+    assert status.tolist() == [OK] * 4 + [RETRY]
+    np.testing.assert_array_equal(patterns[3], plain_pattern(data[3], geometry()))
+    np.save(tmp_path / "a_1.npy", np.arange(6.0))
+    numbers = by_handler(tmp_path / "a", index=1, rows_per_point=3)
+    assert reader.scalars(PointBlock(1, 2, numbers))[0].tolist() == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("data", "spec", "words"),
+    [
+        (np.zeros((2, 100, 100), np.uint16), "NPY_SEQ", "100 × 100"),
+        (np.zeros(5), "NPY_SEQ", "expected frames"),
+        (np.full((512, 512), "a"), "NPY_SEQ", "expected numbers"),
+        (np.zeros((512, 512)), "NO_SUCH_SPEC", "databroker.handlers"),
+    ],
+)
+def test_what_a_handler_cannot_give_is_never_readable(tmp_path, data, spec, words):
+    np.save(tmp_path / "a_0.npy", data)
+    block = PointBlock(1, 1, by_handler(tmp_path / "a", spec))
+    _, _, status, reason = FrameReader(geometry()).patterns(block)
+    assert status.tolist() == [NEVER]
+    assert words in reason
 
 
 def test_scalars_are_read_and_oversampled_ones_averaged(tmp_path):
