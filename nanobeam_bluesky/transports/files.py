@@ -6,6 +6,7 @@ import glob
 import logging
 import os
 import re
+import stat
 import threading
 import time
 import uuid
@@ -75,7 +76,7 @@ class FileWatch:
         self._shape = shape
         self._snake = snake
         self._dataset = dataset
-        self._sizes: dict[str, int] = {}
+        self._seen: dict[str, os.stat_result] = {}
         self._runs: dict[str, _Run] = {}
         self._done: dict[str, tuple[int, bool]] = {}  # run → inode, whether all points came
 
@@ -84,34 +85,36 @@ class FileWatch:
 
         Runs in progress are closed then, as aborted.
         """
-        self._sizes = dict(self._scan())
+        self._seen = dict(self._scan())
         ready()
         while not stop.wait(POLL_SECONDS):
             self._poll(take)
         for run in self._runs.values():
             run.close("abort", "nanobeam live was ended before the files were complete")
 
-    def _scan(self) -> list[tuple[str, int]]:
+    def _scan(self) -> list[tuple[str, os.stat_result]]:
         found = []
         for path in glob.glob(self.pattern, recursive=True):
             try:
-                if os.path.isfile(path):
-                    found.append((os.path.abspath(path), os.stat(path).st_size))
+                found_here = os.stat(path)
+                if stat.S_ISREG(found_here.st_mode):
+                    found.append((os.path.abspath(path), found_here))
             except OSError:  # gone meanwhile
                 continue
         return sorted(found, key=lambda item: _natural(item[0]))
 
     def _poll(self, take: Take) -> None:
         now = time.monotonic()
-        for path, size in self._scan():
-            if self._sizes.get(path) == size:
+        for path, status in self._scan():
+            before = self._seen.get(path)
+            if before is not None and _state(before) == _state(status):
                 continue
-            self._sizes[path] = size
+            self._seen[path] = status
             name, number = _run_of(path)
             if number is None and path.lower().endswith(_TIFF):
                 logger.warning("%s: expected a number at the end of a TIFF's name", path)
-            elif size and not self._is_done(name, path):
-                self._run(name, path, take).changed(path, number, now)
+            elif status.st_size and not self._is_done(name, path, status.st_ino):
+                self._run(name, path, status.st_ino, take).changed(path, number, now)
         for name, run in list(self._runs.items()):
             try:
                 done = run.poll(now)
@@ -123,10 +126,10 @@ class FileWatch:
                 del self._runs[name]
                 self._done[name] = (run.inode, run.is_whole)
 
-    def _is_done(self, name: str, path: str) -> bool:
+    def _is_done(self, name: str, path: str, now: int) -> bool:
         """Whether the run of a file was closed before; a new file of this name is a new run."""
         inode, whole = self._done.get(name, (None, True))
-        if inode is None or (inode != os.stat(path).st_ino and not path.lower().endswith(_TIFF)):
+        if inode is None or (inode != now and not path.lower().endswith(_TIFF)):
             return False
         if not whole:
             self._done[name] = (inode, True)  # said once
@@ -137,7 +140,7 @@ class FileWatch:
             )
         return True
 
-    def _run(self, name: str, path: str, take: Take) -> _Run:
+    def _run(self, name: str, path: str, inode: int, take: Take) -> _Run:
         if name not in self._runs:
             kind = _TIFFRun if path.lower().endswith(_TIFF) else _HDF5Run
             start = {
@@ -148,7 +151,7 @@ class FileWatch:
             }
             self._runs[name] = kind(
                 name,
-                os.stat(path).st_ino,
+                inode,
                 start,
                 take,
                 shape=self._shape,
@@ -415,6 +418,11 @@ def _run_of(path: str) -> tuple[str, int | None]:
         return path, None
     head, digits, tail = match.groups()
     return f"{head}{tail}", int(digits)
+
+
+def _state(status: os.stat_result) -> tuple[int, int, int]:
+    """What changes when a file is written, or another takes its place."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _natural(path: str) -> list[Any]:
