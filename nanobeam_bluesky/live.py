@@ -21,6 +21,7 @@ from nanobeam_bluesky.callbacks import BackgroundSink, LiveMaps, NanobeamCallbac
 from nanobeam_bluesky.geometry import Geometry, GeometryError
 from nanobeam_bluesky.presets import MissingMetadataError, Preset
 from nanobeam_bluesky.transports import Receiver, Source
+from nanobeam_bluesky.transports.receiver import without_secrets
 
 if TYPE_CHECKING:
     from tiled.client.container import Container
@@ -158,7 +159,7 @@ def run_live(
             spool = options.spool or home() / "spool"
             target = TiledTarget(options.to)
             publishers.append(
-                BackgroundSink(target, name=f"Tiled {_bare(options.to)}", spool=spool)
+                BackgroundSink(target, name=f"Tiled {without_secrets(options.to)}", spool=spool)
             )
         live = LiveMaps() if options.maps else None
         for sink in [*publishers, *([live] if live else [])]:
@@ -215,7 +216,7 @@ def _source(options: LiveOptions) -> tuple[str, Source]:
     if len(given) != 1:
         found = " and ".join(f"--{name}" for name in given) or "none"
         raise ValueError(f"give one of --{', --'.join(names)}; found {found}")
-    address = _bare(str(getattr(options, given[0])))
+    address = without_secrets(str(getattr(options, given[0])))
     where = f"{address} ({given[0]})"
     if options.zmq is not None:
         from nanobeam_bluesky.transports import ZMQSource
@@ -283,13 +284,6 @@ def _needs_baseline(preset: str, start: Mapping[str, Any]) -> bool:
             except GeometryError:
                 return False  # which the callback will tell
     return False
-
-
-def _bare(address: str) -> str:
-    """Return an address without what may be secret: key, user and password."""
-    text = address.partition("?")[0]
-    scheme, separator, rest = text.rpartition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}" if separator else text
 
 
 def _say(console: Console, message: str) -> None:

@@ -16,7 +16,7 @@ import nats
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from nanobeam_bluesky.transports.receiver import Take
+from nanobeam_bluesky.transports.receiver import Take, without_secrets
 from nanobeam_bluesky.transports.wire import decode, to_msgpack
 
 __all__ = ["NATSPublisher", "NATSSource"]
@@ -122,15 +122,16 @@ class NATSPublisher:
 
 async def _connect(url: str) -> Client:
     """Connect once; from then on the client finds the server again by itself."""
+    where = without_secrets(url)
 
     async def lost() -> None:
-        logger.warning("the connection to %s is lost; documents may be missed", url)
+        logger.warning("the connection to %s is lost; documents may be missed", where)
 
     async def back() -> None:
-        logger.warning("%s is connected again", url)
+        logger.warning("%s is connected again", where)
 
     async def failed(error: Exception) -> None:
-        logger.debug("%s: %s", url, error)
+        logger.debug("%s: %s", where, error)
 
     client = Client()
     try:
@@ -147,6 +148,6 @@ async def _connect(url: str) -> Client:
         )
     except (OSError, TimeoutError, nats.errors.Error) as error:
         raise ConnectionError(
-            f"no NATS server at {url}: {error or type(error).__name__}"
+            f"no NATS server at {where}: {error or type(error).__name__}"
         ) from error
     return client

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from event_model import DocumentNames
 
-__all__ = ["Receiver", "Source", "Take"]
+__all__ = ["Receiver", "Source", "Take", "without_secrets"]
 
 logger = logging.getLogger("nanobeam_bluesky")
 
@@ -87,3 +87,9 @@ class Receiver:
         if name == "stop":
             self._runs.discard(run)
             self._missed.discard(run)
+
+
+def without_secrets(address: str) -> str:
+    """Return an address without key, user and password, for people and logs."""
+    scheme, separator, rest = address.partition("?")[0].rpartition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}" if separator else rest
