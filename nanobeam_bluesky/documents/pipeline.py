@@ -26,6 +26,7 @@ from nanobeam_bluesky.documents.derived_run import DerivedRun, failed_run
 from nanobeam_bluesky.documents.frames import ReadStatus
 from nanobeam_bluesky.documents.processing import AnalyzerChoice, Processed, Task
 from nanobeam_bluesky.documents.references import PointBlock, RunReferences, StoredRows
+from nanobeam_bluesky.documents.resources import count_of
 from nanobeam_bluesky.documents.scan_grid import ScanGrid
 from nanobeam_bluesky.geometry import ROI, Geometry, GeometryError
 from nanobeam_bluesky.models import Estimates, Flag
@@ -48,6 +49,7 @@ DEADLINE_SECONDS = 10.0
 """How long after the raw stop frames may take to become readable."""
 SPOOL_BYTES = 256_000_000
 """Embedded frames of one run that are kept in memory; the rest goes to disk."""
+EXIT_STATUSES = ("success", "abort", "fail")
 _SEARCH_DEPTH = 64
 
 Emit = Callable[[str, dict[str, Any]], None]
@@ -182,6 +184,8 @@ class RunPipeline:
             for label, block in self._references.finish():
                 if label == "frames":
                     self._missing(block, now)
+                else:
+                    self._position(label, block)
             self._raw_stop = doc
             self._deadline = now + DEADLINE_SECONDS
             if self._geometry is None:
@@ -196,9 +200,7 @@ class RunPipeline:
                     if label == "frames":
                         self._frames(block, now)
                     else:
-                        self._positions[label].update(
-                            dict.fromkeys(range(block.first, block.stop), block)
-                        )
+                        self._position(label, block)
             except ValueError as error:
                 self.fail(f"run {self.start['uid'][:8]}: {error}")
             if self._geometry is None and name in ("descriptor", "event", "event_page"):
@@ -396,6 +398,9 @@ class RunPipeline:
             else:
                 self._pending.append(_Pending(part, version, now))
 
+    def _position(self, motor: str, block: PointBlock) -> None:
+        self._positions[motor].update(dict.fromkeys(range(block.first, block.stop), block))
+
     def _missing(self, block: PointBlock, now: float) -> None:
         """Take those points of a block that were not announced otherwise."""
         for point in range(block.first, block.stop):
@@ -557,10 +562,15 @@ class RunPipeline:
         assert self._raw_stop is not None and self._derived is not None
         assert self._references is not None and self._grid is not None
         status = str(self._raw_stop.get("exit_status", "success"))
+        if status not in EXIT_STATUSES:
+            status = "fail"
         reasons = [str(self._raw_stop["reason"])] if self._raw_stop.get("reason") else []
         announced = int((self._versions > 0).sum())
-        events = (self._raw_stop.get("num_events") or {}).get(self._references.stream, 0)
-        counted = events * self._references.points_per_event
+        events = self._raw_stop.get("num_events")
+        counted = 0
+        if isinstance(events, Mapping):
+            counted = count_of(events.get(self._references.stream))
+        counted *= self._references.points_per_event
         if self._derived.num_events < max(announced, counted):
             status = "fail"
             reasons.append(

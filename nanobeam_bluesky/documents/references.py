@@ -241,11 +241,7 @@ class RunReferences:
             problem = f"{missing} was announced, and never came"
             for item in items:
                 if isinstance(item, _Event):
-                    stream = self._streams[item.descriptor]
-                    if self.frame_key in item.values and stream.name == self.stream:
-                        points = self.points_per_event
-                        first = (item.number - 1) * points + 1
-                        yield from self._block("frames", first, points, problem=problem)
+                    yield from self._incomplete(item, problem)
                     continue
                 stream_of = self._streams.get(item.get("descriptor"))
                 if stream_of is not None and stream_of.name == self.stream:
@@ -471,6 +467,23 @@ class RunReferences:
                 problem = f"{label} of event {event.number}: {_reason(error)}"
                 first = (event.number - 1) * points + 1
                 yield from self._block(label, first, points, problem=problem)
+
+    def _incomplete(self, event: _Event, problem: str) -> Iterator[tuple[str, PointBlock]]:
+        """Yield what an event holds itself; its datums never came."""
+        stream = self._streams[event.descriptor]
+        for key, value in event.values.items():
+            label = self._label(stream, key)
+            if label is None:
+                continue
+            if label != "frames" and not isinstance(value, str):
+                try:
+                    yield from self._numbers(event.number, label, stream, value)
+                    continue
+                except _BROKEN as error:
+                    problem = f"{label} of event {event.number}: {_reason(error)}"
+            points = self.points_per_event
+            first = (event.number - 1) * points + 1
+            yield from self._block(label, first, points, problem=problem)
 
     def _by_datum(
         self,

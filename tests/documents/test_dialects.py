@@ -24,7 +24,7 @@ from nanobeam_bluesky.callbacks import NanobeamCallback
 from nanobeam_bluesky.documents import AnalyzerChoice, Tally, derive, read_documents
 from nanobeam_bluesky.documents.frames import bin_frames
 from nanobeam_bluesky.geometry import Geometry
-from nanobeam_bluesky.models import Analyzer
+from nanobeam_bluesky.models import Analyzer, Flag
 from nanobeam_bluesky.sim import SimulatedSXDM, phantom, sxdm_fly
 from nanobeam_bluesky.tiled_adapters import open_catalog, raw_writer
 
@@ -485,6 +485,45 @@ def test_runs_are_derived_one_after_the_other_and_others_are_skipped(engine, sca
     ends = [doc["exit_status"] for name, doc in derived if name == "stop"]
     assert [d["original_run_uid"] for n, d in derived if n == "start"] == [one[0][1]["uid"]] * 2
     assert ends == ["fail", "success"]
+
+
+def test_points_whose_datum_never_came_are_flagged_and_the_others_are_not(
+    engine, scan, expected, tmp_path
+):
+    documents = recorded(engine, fly(Datums(scan, tmp_path, points=COLUMNS)))
+    lost = next(d for n, d in documents if n == "datum" and d["datum_kwargs"]["point_number"] == 2)
+    tally = Tally()
+    kept = [item for item in documents if item[1] is not lost]
+    derived = list(derive(kept, choice=CHOICE, tally=tally))
+    assert f"{lost['datum_id']} was announced, and never came" in derived[-1][1]["reason"]
+    found = columns(derived)
+    missing = np.arange(POINTS) // COLUMNS == 2
+    assert (found["flags"] == np.where(missing, Flag.FRAME_MISSING, 0)).all()
+    np.testing.assert_array_equal(found["strain"][~missing], expected["strain"][~missing])
+
+
+def test_rows_without_their_event_are_counted_as_points(engine, scan, tmp_path):
+    documents = recorded(engine, fly(Datums(scan, tmp_path, points=COLUMNS)))
+    for i, (name, doc) in enumerate(documents):
+        if name == "event_page":  # the last row of it is lost
+            data = {k: v[:-1] for k, v in doc["data"].items()}
+            documents[i] = (name, doc | {"data": data, "seq_num": doc["seq_num"][:-1]})
+    derived = list(derive(documents, choice=CHOICE))
+    assert derived[-1][1]["exit_status"] == "fail"
+    assert f"{COLUMNS} of {POINTS} announced points" in derived[-1][1]["reason"]
+
+
+def test_a_million_points_announced_by_mistake_cost_nothing(engine, scan, expected, tmp_path):
+    documents = recorded(engine, fly(Streams(scan, tmp_path)))
+    images = next(d["uid"] for _, d in documents if d.get("data_key") == "sxdm_image")
+    datum = next(d for _, d in documents if d.get("stream_resource") == images)
+    absurd = datum | {"uid": "absurd", "seq_nums": {"start": 10**9, "stop": 10**12}}
+    tally = Tally()
+    documents.insert(-1, ("stream_datum", absurd))
+    documents.insert(-1, ("stream_datum", {"descriptor": datum["descriptor"]}))
+    derived = list(derive(documents, choice=CHOICE, tally=tally))
+    assert (tally.points_seen, tally.errors) == (POINTS, 2)
+    np.testing.assert_array_equal(columns(derived)["strain"], expected["strain"])
 
 
 # --------------------------------------------------------------------- the callback's
