@@ -46,6 +46,7 @@ class TiledTarget:
 
     def __init__(self, target: str) -> None:
         self.target = target
+        self._client: Container | None = None
         self._write: Callable[[str, Any], Any] | None = None
 
     def __call__(self, name: str, doc: Any) -> None:
@@ -53,9 +54,14 @@ class TiledTarget:
         if self._write is None:
             from nanobeam_bluesky.tiled_adapters import derived_writer
 
-            client = self._connect()
+            client = self._client = self._connect()
             self._write = derived_writer(client.get("derived", client))
         self._write(name, doc)
+
+    def close(self) -> None:
+        """Disconnect."""
+        if self._client is not None:
+            self._client.context.close()
 
     def _connect(self) -> Container:
         if "://" not in self.target:
@@ -155,12 +161,6 @@ def run_live(
         if not given:
             stack.callback(callback.close, CLOSE_SECONDS)
         receiver = Receiver(callback)
-        if options.to is not None:
-            spool = options.spool or home() / "spool"
-            target = TiledTarget(options.to)
-            publishers.append(
-                BackgroundSink(target, name=f"Tiled {without_secrets(options.to)}", spool=spool)
-            )
         live = LiveMaps() if options.maps else None
         for sink in [*publishers, *([live] if live else [])]:
             token = callback.subscribe(sink)
@@ -270,6 +270,12 @@ def _publishers(options: LiveOptions, stack: ExitStack) -> list[Any]:
         publishers.append(KafkaPublisher(options.publish_kafka, options.publish_topic))
     for publisher in publishers:
         stack.callback(publisher.close)
+    if options.to is not None:
+        target = TiledTarget(options.to)
+        stack.callback(target.close)
+        spool = options.spool or home() / "spool"
+        name = f"Tiled {without_secrets(options.to)}"
+        publishers.append(BackgroundSink(target, name=name, spool=spool))
     return publishers
 
 

@@ -66,7 +66,7 @@ class Spool:
 
     def __len__(self) -> int:
         """Documents on disk, those of runs in hand included."""
-        return sum(self._lengths.values())
+        return sum(list(self._lengths.values()))  # others ask while the sink's thread changes it
 
     def __contains__(self, run: str) -> bool:
         return _key(run) in self._files

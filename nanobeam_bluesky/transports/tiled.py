@@ -14,12 +14,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from bluesky_tiled_plugins import BlueskyStreamUpdate, subscribe_to_streams
+from bluesky_tiled_plugins import (
+    BlueskyStreamSubscription,
+    BlueskyStreamUpdate,
+    subscribe_to_streams,
+)
 from tiled.client import from_uri
 from tiled.client.container import Container
 from tiled.client.stream import LiveArrayRef, LiveChildCreated, LiveTableData
 
-from nanobeam_bluesky.transports.receiver import Take
+from nanobeam_bluesky.transports.receiver import Take, without_secrets
 
 __all__ = ["TiledSource"]
 
@@ -29,6 +33,7 @@ MESSAGE_BYTES = 256_000_000
 """Largest message; at Tiled's default, 1 MB, an embedded image ends the subscription."""
 POLL_SECONDS = 0.5
 """How often open runs are asked for their stop document, which is not streamed."""
+CONNECT_SECONDS = 15.0
 LATE_SECONDS = 5.0
 """How long what a stop document counts may come after it."""
 _COLUMNS = ("seq_num", "time")
@@ -64,7 +69,7 @@ class TiledSource:
     def run(self, take: Take, stop: threading.Event, ready: Callable[[], None]) -> None:
         """Hand documents to `take` until `stop` is set."""
         own = isinstance(self._target, str)
-        client: Any = from_uri(self._target) if own else self._target
+        client: Any = _connected(self._target) if isinstance(self._target, str) else self._target
         catalog = client.get("raw", client)
         self._began = time.time()
 
@@ -82,8 +87,11 @@ class TiledSource:
             return start.get("time", 0) > self._began or not catalog[child.key].metadata.get("stop")
 
         try:
-            with subscribe_to_streams(
-                catalog, update, streams=None, run_filter=is_open, max_size=MESSAGE_BYTES
+            with _begun(
+                lambda: subscribe_to_streams(
+                    catalog, update, streams=None, run_filter=is_open, max_size=MESSAGE_BYTES
+                ),
+                catalog.uri,
             ):
                 ready()
                 while not stop.wait(POLL_SECONDS):
@@ -116,6 +124,29 @@ class TiledSource:
                 run.release(take)
                 take("stop", dict(stop))
                 del self._runs[uid]
+
+
+def _connected(uri: str) -> Container:
+    try:
+        return from_uri(uri)
+    except Exception as error:  # of several libraries
+        raise ConnectionError(f"no Tiled at {without_secrets(uri)}: {error}") from error
+
+
+def _begun(
+    subscribe: Callable[[], BlueskyStreamSubscription], uri: str
+) -> BlueskyStreamSubscription:
+    """Begin a subscription; Tiled's client waits for ever where the server does not stream."""
+    begun: list[BlueskyStreamSubscription] = []
+    thread = threading.Thread(target=lambda: begun.append(subscribe()), daemon=True)
+    thread.start()
+    thread.join(CONNECT_SECONDS)
+    if not begun:
+        raise ConnectionError(
+            f"cannot subscribe to {uri} in {CONNECT_SECONDS:g} s: expected a server that streams, "
+            "with a streaming_cache in its configuration"
+        )
+    return begun[0]
 
 
 @dataclass
@@ -250,10 +281,7 @@ class _Run:
 def _descriptor(run: Container, stream: str) -> dict[str, Any]:
     """Return the descriptor that TiledWriter has put into a stream's metadata."""
     metadata = dict(run[stream].metadata)
-    keys = metadata.get("data_keys", {})
-    devices = list(metadata.get("configuration", {}))
-    owned = {
-        device: [key for key in keys if key.startswith(device) or len(devices) == 1]
-        for device in devices
-    }
+    owned: dict[str, list[str]] = {}
+    for key, description in metadata["data_keys"].items():
+        owned.setdefault(description.get("object_name", key), []).append(key)
     return {"object_keys": owned} | metadata | {"name": stream, "run_start": run.item["id"]}

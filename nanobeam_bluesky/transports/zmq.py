@@ -34,14 +34,14 @@ class ZMQSource:
     Parameters
     ----------
     address
-        Such as "127.0.0.1:5568".
+        Such as "127.0.0.1:5568", or its port alone.
     allow_pickle
         Whether pickled documents, which Bluesky's `Publisher` sends unless told otherwise,
         are read: on networks where everyone is trusted.
     """
 
     def __init__(self, address: str, *, allow_pickle: bool = False) -> None:
-        self.address = address
+        self.address = _checked(address)
         self._allow_pickle = allow_pickle
 
     def run(self, take: Take, stop: threading.Event, ready: Callable[[], None]) -> None:
@@ -81,10 +81,19 @@ class ZMQPublisher(Publisher):
     Parameters
     ----------
     address
-        Such as "127.0.0.1:5567".
+        Such as "127.0.0.1:5567", or its port alone.
     serializer
         "json", "msgpack" or, as Bluesky itself does, "pickle".
     """
 
     def __init__(self, address: str, serializer: Serializer = "json") -> None:
-        super().__init__(address, serializer=SERIALIZERS[serializer])
+        super().__init__(_checked(address), serializer=SERIALIZERS[serializer])
+
+
+def _checked(address: str) -> str:
+    host, _, port = address.rpartition(":")
+    if "://" in address:  # such as ipc:///run/bluesky
+        return address
+    if not port.isdecimal():
+        raise ValueError(f"ZMQ address {address!r}: expected HOST:PORT, e.g. 127.0.0.1:5568")
+    return f"{host or '127.0.0.1'}:{port}"

@@ -82,6 +82,7 @@ def test_a_scan_of_another_process_is_mapped_shown_measured_recorded_and_publish
 ):
     from nanobeam_bluesky.tiled_adapters import open_catalog
 
+    caplog.set_level("INFO", "nanobeam_bluesky")
     publisher = ZMQPublisher(zmq_proxy[0], "msgpack")
     came = listen(ZMQSource(zmq_proxy[1]))
     sxdm = SimulatedSXDM(SAMPLE, geometry, tmp_path / "frames", counts=20_000)
@@ -118,6 +119,8 @@ def test_a_scan_of_another_process_is_mapped_shown_measured_recorded_and_publish
     assert "nanobeam_points_analysed_total 20.0" in metrics[0]
     assert "nanobeam_worker_ready 1.0" in metrics[0]
     assert "points_analysed 20" in text
+    (line,) = [r.getMessage() for r in caplog.records if "is done; so far" in r.getMessage()]
+    assert "points_seen 20, points_analysed 20, points_flagged 0, points_pending 0" in line
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +183,7 @@ def test_files_without_bluesky_are_mapped_while_they_grow(
         (["--zmq", "a:1", "--nats", "b"], "found --zmq and --nats"),
         (["--kafka", "a:1"], "--kafka needs --topic"),
         (["--watch", "*.h5"], "--watch needs --geometry"),
+        (["--zmq", "beamline"], "expected HOST:PORT"),
     ],
 )
 def test_wrong_usage_ends_with_2_and_the_reason(arguments, words):
