@@ -80,13 +80,21 @@ class FrameReader:
         reason
             Why a point could not be read; "" if all were.
         """
+        k = block.stored.rows_per_point if block.stored else 1
+        if k > 1 and block.count * k > MAX_FRAMES:
+            return self._in_parts(block, k)
         n = block.count
         frames, status, reason = self._rows(block, frames=True)
         patterns = np.zeros((n, *self.geometry.pattern_shape), dtype=np.float32)
         saturated = np.zeros(n, dtype=bool)
         ok = status == ReadStatus.OK
         if frames is not None and ok.any():
-            patterns[ok], saturated[ok] = bin_frames(frames[ok], self.geometry)
+            frames = frames[ok]
+            binned, hot = bin_frames(frames.reshape(-1, *frames.shape[-2:]), self.geometry)
+            if frames.ndim == 4:  # a point is the sum of its frames, saturated where one is
+                binned = binned.reshape(*frames.shape[:2], *binned.shape[1:]).sum(axis=1)
+                hot = np.asarray(hot.reshape(frames.shape[:2]).any(axis=1))
+            patterns[ok], saturated[ok] = binned, hot
         return patterns, saturated, status, reason
 
     def scalars(self, block: PointBlock) -> tuple[NDArray[np.float64], NDArray[np.int8], str]:
@@ -101,6 +109,29 @@ class FrameReader:
         return numbers, status, reason
 
     # ------------------------------------------------------------------ internals
+
+    def _in_parts(
+        self, block: PointBlock, k: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.int8], str]:
+        """Read patterns whose frames are too many to be held at once."""
+        assert block.stored is not None
+        if block.count > 1:
+            step = max(1, MAX_FRAMES // k)
+            edges = range(block.first, block.stop, step)
+            parts = [self.patterns(block.part(a, min(a + step, block.stop))) for a in edges]
+            patterns, saturated, status = (
+                np.concatenate([part[i] for part in parts]) for i in range(3)
+            )
+            return patterns, saturated, status, next((part[3] for part in parts if part[3]), "")
+        pattern, hot = np.zeros((1, *self.geometry.pattern_shape), np.float32), np.zeros(1, bool)
+        stop = block.stored.row + k
+        for row in range(block.stored.row, stop, MAX_FRAMES):
+            rows = replace(block.stored, row=row, rows_per_point=min(stop - row, MAX_FRAMES))
+            more, also, status, reason = self.patterns(replace(block, stored=rows))
+            if status[0] != ReadStatus.OK:
+                return np.zeros_like(pattern), np.zeros_like(hot), status, reason
+            pattern, hot = pattern + more, hot | also
+        return pattern, hot, status, ""
 
     def _rows(
         self, block: PointBlock, *, frames: bool
@@ -121,6 +152,8 @@ class FrameReader:
             dataset = self._dataset(stored)
             length = dataset.shape[0] if dataset.ndim < 4 else dataset.shape[0] * dataset.shape[1]
             stored = _shared(stored, length)
+            if frames and stored.rows_per_point * block.count > MAX_FRAMES:
+                raise NeverError(f"{stored.rows_per_point} frames for each point are too many")
             block = replace(block, stored=stored)
             available = max(0, length - stored.row) // stored.rows_per_point
             if available < block.count:
@@ -188,8 +221,7 @@ class FrameReader:
             assert stored is not None
             try:
                 rows = (self._handled if stored.handler else self._numbered)(stored, frames)
-                one = len(rows) == 1
-                values[i] = rows[0] if one else rows.sum(axis=0) if frames else rows.mean()
+                values[i] = rows if frames else rows.mean()
             except NotYetError as error:
                 status[i], reason = ReadStatus.RETRY, str(error)
             except (NeverError, GeometryError) as error:
@@ -294,21 +326,8 @@ class FrameReader:
         if not stored.cut:
             roi.check_inside(dataset.shape[-2:])
         k = stored.rows_per_point
-        if k == 1:
-            return _consecutive(dataset, stored.row, n, rows, cols)
-        if n * k <= MAX_FRAMES:
-            frames = _consecutive(dataset, stored.row, n * k, rows, cols)
-            sums: NDArray[Any] = frames.reshape(n, k, *frames.shape[1:]).sum(axis=1)
-            return sums
-        points = []
-        for row in range(stored.row, stored.row + n * k, k):
-            parts = range(row, row + k, MAX_FRAMES)
-            parts_of_point = [
-                _consecutive(dataset, r, min(MAX_FRAMES, row + k - r), rows, cols).sum(axis=0)
-                for r in parts
-            ]
-            points.append(np.sum(parts_of_point, axis=0))
-        return np.stack(points)
+        frames = _consecutive(dataset, stored.row, n * k, rows, cols)
+        return frames if k == 1 else frames.reshape(n, k, *frames.shape[1:])
 
     @staticmethod
     def _scalar_rows(dataset: Any, stored: StoredRows, n: int) -> NDArray[Any]:

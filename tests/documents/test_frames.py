@@ -270,6 +270,22 @@ def test_more_frames_of_a_point_than_fit_into_memory_are_summed_in_parts(tmp_pat
     np.testing.assert_array_equal(patterns[1], plain_pattern(data[3:].sum(axis=0), geometry()))
 
 
+@pytest.mark.parametrize("limit", [None, 1000])
+def test_a_point_is_saturated_where_one_of_its_frames_is(tmp_path, limit):
+    """And not where only their sum would be."""
+    data = np.full((6, 512, 512), 600, np.uint16)
+    data[3, 256, 256] = limit or 65535
+    stored = replace(write(tmp_path / "a.h5", data), rows_per_point=2)
+    reader = FrameReader(geometry(saturation_value=limit))
+    assert reader.patterns(PointBlock(1, 3, stored))[1].tolist() == [False, True, False]
+
+
+def test_an_absurd_number_of_frames_of_a_point_is_given_up_at_once(tmp_path):
+    stored = replace(write(tmp_path / "a.h5", frames(2)), rows_per_point=10**15)
+    _, _, status, _ = FrameReader(geometry()).patterns(PointBlock(1, 3, stored))
+    assert status.tolist() == [RETRY] * 3
+
+
 def test_the_points_of_a_scan_share_a_dataset_of_a_length_not_told(tmp_path):
     """Encoders that were read so often for each point that their number divides."""
     path = tmp_path / "a.h5"
