@@ -547,7 +547,7 @@ def test_datums_reach_the_worker_process_that_reads_them(engine, scan, expected,
 
     engine(fly(device), both)
     try:
-        assert callback.wait(60)
+        assert callback.wait(100)
         assert (callback.health.points_seen, callback.health.errors) == (POINTS, 0)
     finally:
         callback.close()
