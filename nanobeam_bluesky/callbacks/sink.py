@@ -22,6 +22,8 @@ logger = logging.getLogger("nanobeam_bluesky")
 
 Callback = Callable[[str, Any], Any]
 
+_HEAD = frozenset({"start", "descriptor", "resource", "stream_resource"})
+"""What later documents of a run refer to."""
 RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """How long after a failure the spool is tried again; the last one for ever."""
 SLOW_DOCUMENTS = 256
@@ -207,7 +209,7 @@ class BackgroundSink:
         run: str | None = None
         try:
             run = self._find_run(name, doc)
-            if self._spool is not None and run is not None and name in ("start", "descriptor"):
+            if self._spool is not None and run is not None and name in _HEAD:
                 self._heads.setdefault(run, []).append((name, doc))
             if run in self._failed_runs:
                 self._skipped += 1
@@ -340,7 +342,7 @@ class BackgroundSink:
                 for name, doc in items:
                     run = self._find_run(name, doc)
                     if run is not None and run not in self._failed_runs:
-                        if name in ("start", "descriptor"):
+                        if name in _HEAD:
                             head = self._heads.setdefault(run, [])
                             head += [] if any(d is doc for _, d in head) else [(name, doc)]
                         self._store(run, name, doc)
