@@ -355,11 +355,13 @@ class RunReferences:
         `first` is the number of the first event; 0 rows: the dataset's length says how many.
         """
         start, count = (first - 1) * points + 1, events * points
-        stored = replace(stored, scale=self._scale(label))
+        if label in self._positions:
+            stored = replace(stored, scale=self._scale(label))
         if not rows:
             yield from self._block(label, start, count, stored=replace(stored, shared_by=count))
         elif rows % points == 0:
-            stored = replace(stored, rows_per_point=rows // points)
+            if rows != points:
+                stored = replace(stored, rows_per_point=rows // points)
             yield from self._block(label, start, count, stored=stored)
         elif rows == 1:  # the slow motor of a row: one number for all its points
             for point in range(start, min(start + count, self._last + 1)):
@@ -539,12 +541,15 @@ class RunReferences:
         except (TypeError, ValueError):
             values = np.array([np.nan])
         points = self._points_of_numbers(stream, len(values))
-        if len(values) == 1:
+        if len(values) == 1 < points:
             values = np.repeat(values, points)
-        if not len(values) or len(values) % points:
+        elif not len(values) or len(values) % points:
             raise ValueError(f"{points} points do not share {len(values)} numbers equally")
-        means = values.reshape(points, -1).mean(axis=1) * self._scale(label)
-        yield from self._block(label, (number - 1) * points + 1, points, values=means)
+        elif len(values) > points:
+            values = values.reshape(points, -1).mean(axis=1)
+        if label in self._positions:
+            values = values * self._scale(label)
+        yield from self._block(label, (number - 1) * points + 1, points, values=values)
 
 
 def _is_image(key: Mapping[str, Any]) -> bool:

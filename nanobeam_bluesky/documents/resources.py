@@ -121,7 +121,7 @@ class Resource:
         number = next((kwargs[k] for k in ("point_number", "frame", "index") if k in kwargs), None)
         frames = 0 if number is None else self.frames or 1
         rows = self.event(0 if number is None else whole(number), max(frames, 1))
-        return replace(rows, dataset=dataset), frames
+        return rows if dataset == rows.dataset else replace(rows, dataset=dataset), frames
 
 
 def whole(value: Any, least: int = 0) -> int:
