@@ -346,6 +346,19 @@ def late(documents):
     return [*rest[:-1], *lag, rest[-1]]
 
 
+def apart(documents):
+    """Positions in a stream of their own."""
+    name, descriptor = documents[1]
+    keys = descriptor["data_keys"]
+    image, motors = ({k: keys[k] for k in keys if (k in MOTORS) == own} for own in (False, True))
+    own = {d["uid"] for n, d in documents if n == "stream_resource" and d["data_key"] in MOTORS}
+    yield documents[0]
+    yield name, descriptor | {"uid": "panda", "name": "panda", "data_keys": motors}
+    yield name, descriptor | {"data_keys": image}
+    for n, d in documents[2:]:
+        yield n, d | {"descriptor": "panda"} if d.get("stream_resource") in own else d
+
+
 def rewound(documents):
     """Rows that were flown before, into a file that is no good."""
     at = next(i for i, (n, _) in enumerate(documents) if n == "stream_datum")
@@ -415,6 +428,7 @@ DIALECTS = {
     "streams, two frames a point": (Streams, {"frames": 2}, list),
     "streams, oversampled positions": (Streams, {"samples": 10}, list),
     "streams, positions late": (Streams, {}, late),
+    "streams, positions in their own": (Streams, {"samples": 10}, apart),
     "streams, a row flown again": (Streams, {}, rewound),
     "streams of TIFF files": (Streams, {"tiff": True, "frames": 2, "rows": 2}, list),
     "streams with the older parameters": (

@@ -158,6 +158,46 @@ def test_an_event_with_one_number_of_the_fast_motor_is_a_point():
     assert [rows[p][2:] for p in sorted(rows)] == [(0, 4), (4, 4), (8, 4)]
 
 
+def test_one_number_of_the_slow_motor_holds_for_its_row():
+    documents = list(recording("legacy_fly_event_per_row"))
+    documents[-2][1]["data"]["y"] = [0.5, 1.5, 2.5]
+    documents[1][1]["data_keys"]["y"] = {"dtype": "number", "shape": [], "source": "SIM"}
+    references = RunReferences(("y", "enc1"), shape=(3, 4))
+    blocks = [
+        b for n, d in documents for label, b in references.document(n, d, WHOLE) if label == "y"
+    ]
+    assert [v for b in blocks for v in b.values] == [0.5] * 4 + [1.5] * 4 + [2.5] * 4
+    # and the same in a file
+    uid = documents[1][1]["uid"]
+    documents[1][1]["data_keys"]["y"]["external"] = "STREAM:"
+    documents[-2:-1] = [
+        (
+            "stream_resource",
+            {
+                "uid": "s",
+                "data_key": "y",
+                "mimetype": "application/x-hdf5",
+                "uri": "file:///data/p.h5",
+                "parameters": {"dataset": "y"},
+            },
+        ),
+        (
+            "stream_datum",
+            {
+                "uid": "s/0",
+                "stream_resource": "s",
+                "descriptor": uid,
+                "seq_nums": {"start": 1, "stop": 4},
+                "indices": {"start": 0, "stop": 3},
+            },
+        ),
+    ]
+    references = RunReferences(("y", "enc1"), shape=(3, 4))
+    rows = rows_of_points(documents, references, label="y")
+    assert [rows[p][2] for p in range(1, 13)] == [0] * 4 + [1] * 4 + [2] * 4
+    assert rows[1][0] == "/data/p.h5"
+
+
 @pytest.mark.parametrize("name", ["legacy_fly_event_per_row", "legacy_fly_one_event"])
 def test_oversampled_positions_of_an_event_are_averaged_for_each_of_its_points(name):
     references = RunReferences(("y", "enc1"), shape=(3, 4))
