@@ -9,14 +9,18 @@ import h5py
 import numpy as np
 import pytest
 import tifffile
+from bluesky.plans import count
+from ophyd.sim import det
 from rich.console import Console
+from tiled.client import from_uri
 from typer.testing import CliRunner
 
 from nanobeam_bluesky import to_maps
-from nanobeam_bluesky.callbacks import NanobeamCallback
+from nanobeam_bluesky.callbacks import BackgroundSink, NanobeamCallback
 from nanobeam_bluesky.cli import _to_toml, app
 from nanobeam_bluesky.live import LiveOptions, run_live
-from nanobeam_bluesky.sim import SimulatedSXDM, phantom, sxdm_fly
+from nanobeam_bluesky.sim import EmbeddedSXDM, SimulatedSXDM, phantom, sxdm_fly
+from nanobeam_bluesky.tiled_adapters import catalog, raw_writer, serve, writers
 from nanobeam_bluesky.transports import ZMQPublisher, ZMQSource
 
 SAMPLE = phantom("unique", (4, 5))
@@ -77,11 +81,9 @@ def derived_run(documents):
     ]
 
 
-def test_a_scan_of_another_process_is_mapped_shown_measured_recorded_and_published(
+def test_a_scan_of_another_process_is_mapped_shown_measured_and_published(
     live, RE, zmq_proxy, listen, until, geometry, tmp_path, caplog
 ):
-    from nanobeam_bluesky.tiled_adapters import open_catalog
-
     caplog.set_level("INFO", "nanobeam_bluesky")
     publisher = ZMQPublisher(zmq_proxy[0], "msgpack")
     came = listen(ZMQSource(zmq_proxy[1]))
@@ -103,7 +105,6 @@ def test_a_scan_of_another_process_is_mapped_shown_measured_recorded_and_publish
         fly,
         zmq=zmq_proxy[1],
         publish_zmq=zmq_proxy[0],
-        to=str(tmp_path / "runs"),
         maps=True,
         metrics=0,
     )
@@ -113,14 +114,58 @@ def test_a_scan_of_another_process_is_mapped_shown_measured_recorded_and_publish
     assert "1 runs met in their middle" in text
     assert caplog.text.count("run 3f2a91c0 was met in its middle") == 1
     compare(derived_run(came))
-    client = open_catalog(tmp_path / "runs")
-    compare(client["derived"].values().last())
-    client.context.close()
     assert "nanobeam_points_analysed_total 20.0" in metrics[0]
     assert "nanobeam_worker_ready 1.0" in metrics[0]
     assert "points_analysed 20" in text
     (line,) = [r.getMessage() for r in caplog.records if "is done; so far" in r.getMessage()]
     assert "points_seen 20, points_analysed 20, points_flagged 0, points_pending 0" in line
+
+
+@pytest.fixture
+def tiled(tmp_path, monkeypatch):
+    """A server that streams: its address, and a client."""
+    build = catalog.build_app_from_config
+    streaming = {"streaming_cache": {"uri": "memory"}}
+    monkeypatch.setattr(catalog, "build_app_from_config", lambda config: build(config | streaming))
+    monkeypatch.setattr(writers, "RAW_BATCH", 8)
+    with serve(tmp_path) as url:
+        client = from_uri(url)
+        yield url, client
+        client.context.close()
+
+
+@pytest.mark.filterwarnings(
+    # Tiled's client and today's websockets
+    "ignore:connect.. must be used as a context manager:DeprecationWarning"
+)
+def test_runs_that_tiled_records_are_mapped_meanwhile_and_their_maps_recorded_there(
+    live, RE, tiled, until, geometry, tmp_path
+):
+    url, client = tiled
+    sink = BackgroundSink(raw_writer(client["raw"]))
+    RE.subscribe(sink)
+    RE(count([det]))  # what is done before is left alone
+    assert sink.wait(60)
+
+    def fly(text):
+        for dialect in (SimulatedSXDM, EmbeddedSXDM):
+            RE(sxdm_fly(dialect(SAMPLE, geometry, tmp_path / "frames", counts=20_000)))
+        assert sink.wait(60)
+        until(
+            lambda: (
+                [r.metadata.get("stop") for r in client["derived"].values()].count(None) == 0
+                and len(client["derived"]) == 2
+            ),
+            60,
+        )
+
+    ok, _ = live(fly, tiled=url, to=url)
+    assert ok
+    assert sink.close(30)
+    assert sink.health.errors == 0, sink.health.last_error
+    for run in client["derived"].values():
+        compare(run)
+        np.testing.assert_allclose(to_maps(run)["sample_x"], SAMPLE.x, atol=0.01)
 
 
 @pytest.fixture(scope="module")
