@@ -509,6 +509,7 @@ def _patterns(path: Path, dataset: str, rows: str, geometry: Geometry) -> NDArra
         raise ValueError(f"--rows {rows}: expected two numbers such as 0:500")
 
     from nanobeam_bluesky.documents import frames as reading
+    from nanobeam_bluesky.documents.binning import bin_frames
     from nanobeam_bluesky.documents.references import PointBlock, StoredRows
 
     if path.suffix == ".npy":
@@ -518,7 +519,7 @@ def _patterns(path: Path, dataset: str, rows: str, geometry: Geometry) -> NDArra
                 f"{path}: expected frames (n, rows, columns), found {stack.dtype} {stack.shape}"
             )
         geometry.roi.check_inside(stack.shape[1:])
-        return reading.bin_frames(stack[:, *geometry.roi.slices], geometry)[0]
+        return bin_frames(stack[:, *geometry.roi.slices], geometry)[0]
     reader = reading.FrameReader(geometry)
     block = PointBlock(1, int(stop) - int(first), StoredRows(str(path), dataset, int(first)))
     try:

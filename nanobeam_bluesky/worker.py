@@ -15,13 +15,21 @@ import logging
 import os
 import signal
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nanobeam_bluesky.documents.processing import AnalyzerChoice, Processed, Processor, Task
+from nanobeam_bluesky.documents.processing import (
+    THREADS,
+    AnalyzerChoice,
+    Processed,
+    Processor,
+    Task,
+)
 from nanobeam_bluesky.documents.references import PointBlock, StoredRows
 from nanobeam_bluesky.geometry import Geometry
 from nanobeam_bluesky.models import Estimates
@@ -166,20 +174,29 @@ def decode_processed(message: Message, arrays: Arrays, task: Task) -> Processed:
 # ------------------------------------------------------------------------- server
 
 
-def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
-    """Answer requests until the other side ends."""
+def serve(requests: IO[bytes], answers: IO[bytes], threads: int = 1) -> None:
+    """Answer requests until the other side ends; tasks on several threads at once."""
     processor = Processor()
-    while (received := receive(requests)) is not None:
-        message, arrays = received
-        kind = message.pop("kind")
-        if kind == "task":
-            done = processor.process(decode_task(message, arrays))
-            answer, out = encode_processed(done)
-            send(answers, {"kind": "processed"} | answer, out)
-        elif kind == "open":
-            send(answers, _open(processor, message))
-        elif kind == "close":
-            processor.close(message["run"])
+    writing = threading.Lock()
+
+    def answer(message: Message, arrays: Arrays | None = None) -> None:
+        with writing:
+            send(answers, message, arrays)
+
+    def work(task: Task) -> None:
+        message, arrays = encode_processed(processor.process(task))
+        answer({"kind": "processed"} | message, arrays)
+
+    with ThreadPoolExecutor(threads) as pool:
+        while (received := receive(requests)) is not None:
+            message, arrays = received
+            kind = message.pop("kind")
+            if kind == "task":
+                pool.submit(work, decode_task(message, arrays))
+            elif kind == "open":
+                answer(_open(processor, message))
+            elif kind == "close":
+                processor.close(message["run"])
     processor.shutdown()
 
 
@@ -217,7 +234,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="nanobeam worker: %(message)s")
     _warm_up()
     send(answers, {"kind": "ready"})
-    serve(sys.stdin.buffer, answers)
+    serve(sys.stdin.buffer, answers, THREADS)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -54,6 +55,8 @@ class WorkerClient:
         self._runs: dict[str, _Run] = {}
         self._tasks: dict[tuple[str, int], tuple[RunPipeline, Task]] = {}
         self._deaths: dict[tuple[str, int], int] = {}
+        # in hand when the worker died: one of them may be why, so they go one at a time
+        self._suspects: deque[tuple[str, int]] = deque()
         self._fruitless = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._start()
@@ -76,7 +79,8 @@ class WorkerClient:
     def submit(self, pipeline: RunPipeline, task: Task) -> None:
         """Send a task."""
         self._tasks[pipeline.key, task.number] = (pipeline, task)
-        self._send_task(task)
+        if not self._suspects:
+            self._send_task(task)
 
     def close(self, pipeline: RunPipeline) -> None:
         """Have the worker close the run's files."""
@@ -84,6 +88,7 @@ class WorkerClient:
         for key in [k for k in self._tasks if k[0] == pipeline.key]:
             del self._tasks[key]
         self._send({"kind": "close", "run": pipeline.key})
+        self._go_on()
 
     # ------------------------------------------------------------------ answers
 
@@ -114,6 +119,7 @@ class WorkerClient:
             self._deaths.pop(key, None)
             _, task = self._tasks.pop(key, (None, None))
             if task is not None:
+                self._go_on()
                 run.pipeline.processed(decode_processed(message, arrays, task))
         elif message["kind"] == "refused":
             run.pipeline.fail(f"no analyzer: {message['reason']}")
@@ -173,6 +179,7 @@ class WorkerClient:
         with contextlib.suppress(OSError):
             self._process.stdin.close()
         self._fruitless += 1
+        self._suspects.clear()
         waiting = next(iter(self._tasks), None)
         self.restarts += 1
         logger.warning("the worker process ended with %s; starting it again", code)
@@ -190,8 +197,19 @@ class WorkerClient:
             return
         for key, run in list(self._runs.items()):  # opening may end a run
             self._send_open(key, run)
-        for _, task in list(self._tasks.values()):
-            self._send_task(task)
+        self._suspects = deque(self._tasks)
+        for suspect in list(self._suspects)[:1]:
+            self._send_task(self._tasks[suspect][1])
+
+    def _go_on(self) -> None:
+        """Send the next suspect if the one in hand is done with; after the last, all tasks."""
+        if not self._suspects or self._suspects[0] in self._tasks:
+            return
+        while self._suspects and self._suspects[0] not in self._tasks:
+            self._suspects.popleft()
+        waiting = list(self._suspects)[:1] or list(self._tasks)
+        for key in waiting:
+            self._send_task(self._tasks[key][1])
 
     def _fail_all(self) -> None:
         for key in list(self._tasks):
@@ -203,6 +221,7 @@ class WorkerClient:
     def _give_up(self, key: tuple[str, int], reason: str) -> None:
         self._deaths.pop(key, None)
         pipeline, task = self._tasks.pop(key)
+        self._go_on()
         pipeline.processed(Processed.failed(task, reason))
 
     def _send_open(self, key: str, run: _Run) -> None:

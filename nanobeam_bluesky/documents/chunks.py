@@ -80,7 +80,7 @@ def read_region(
     layout
         Its layout.
     descriptor
-        The same file, opened for reading by `os.open`.
+        Of the same file.
     first, n
         Frames.
     roi
@@ -125,7 +125,7 @@ def read_region(
                 raise OSError(f"frame {first + i}: its chunk is no bitshuffle of LZ4 blocks")
         else:
             try:
-                whole = np.frombuffer(zlib.decompress(raw), np.uint8)
+                whole = np.frombuffer(zlib.decompress(raw.tobytes()), np.uint8)
             except zlib.error as error:
                 raise OSError(f"frame {first + i}: {error}") from error
             if len(whole) != rows * columns * size:
@@ -163,10 +163,10 @@ def _unpack(
     per_block = len(block) // size
     if len(raw) < _HEADER or per_block == 0 or per_block % 8 or len(block) % size:
         return False
-    at, first = _HEADER, 0
+    at = np.int64(_HEADER)
+    first = 0
     top = row * columns + column
     bottom = (row + height - 1) * columns + column + width
-    planes = np.empty((size, 8), np.uint8)
     while first < bottom:
         count = min(per_block, (elements - first) // 8 * 8)
         if count == 0:  # fewer than eight at the end: as they are
@@ -200,7 +200,7 @@ def _unpack(
                 high = min(first + count, r * columns + column + width) - first
                 if low < high:
                     shift = r * columns + column - first
-                    _unshuffle(block, count, size, low, high, shift, planes, out[r - row])
+                    _unshuffle(block, count, size, low, high, shift, out[r - row])
         at += packed
         first += count
     return True
@@ -208,40 +208,36 @@ def _unpack(
 
 @kernel
 def _unshuffle(
-    block: Bytes,
-    count: int,
-    size: int,
-    low: int,
-    high: int,
-    shift: int,
-    planes: Bytes,
-    line: NDArray[np.uint8],
+    block: Bytes, count: int, size: int, low: int, high: int, shift: int, line: NDArray[np.uint8]
 ) -> None:
-    """Undo the bit shuffle of the elements low ≤ i < high of a block; i − shift in `line`."""
+    """Undo the bit shuffle of the elements low ≤ i < high of a block; i − shift in `line`.
+
+    `line` is zero before.
+    """
     stride = count // 8
     for group in range(low // 8, (high + 7) // 8):
+        begin, end = max(0, low - 8 * group), min(8, high - 8 * group)
         for k in range(size):
-            # eight bytes, of which the bit m belong to element m: an 8×8 transposition
+            # eight bytes, of which the bits m belong to element m: an 8×8 transposition
             x = np.uint64(0)
             for bit in range(8):
                 x |= np.uint64(block[(8 * k + bit) * stride + group]) << np.uint64(8 * bit)
+            if x == 0:
+                continue
             t = (x ^ (x >> np.uint64(7))) & np.uint64(0x00AA00AA00AA00AA)
             x = x ^ t ^ (t << np.uint64(7))
             t = (x ^ (x >> np.uint64(14))) & np.uint64(0x0000CCCC0000CCCC)
             x = x ^ t ^ (t << np.uint64(14))
             t = (x ^ (x >> np.uint64(28))) & np.uint64(0x00000000F0F0F0F0)
             x = x ^ t ^ (t << np.uint64(28))
-            for m in range(8):
-                planes[k, m] = (x >> np.uint64(8 * m)) & np.uint64(255)
-        for m in range(max(0, low - 8 * group), min(8, high - 8 * group)):
-            for k in range(size):
-                line[8 * group + m - shift, k] = planes[k, m]
+            for m in range(begin, end):
+                line[8 * group + m - shift, k] = (x >> np.uint64(8 * m)) & np.uint64(255)
 
 
 @kernel
 def _lz4(source: Bytes, target: Bytes) -> bool:
     """Decompress one LZ4 block that makes exactly `target`; False if it does not."""
-    i, j = 0, 0
+    i, j = np.int64(0), np.int64(0)
     n, m = len(source), len(target)
     while i < n:
         token = source[i]
@@ -295,4 +291,4 @@ def _lz4(source: Bytes, target: Bytes) -> bool:
             for k in range(length):
                 target[j + k] = target[j - offset + k]
         j += length
-    return j == m
+    return bool(j == m)

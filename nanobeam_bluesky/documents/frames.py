@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import hdf5plugin  # noqa: F401  registers the compression filters of detectors
@@ -25,7 +25,10 @@ from nanobeam_bluesky.documents.formats import (
 from nanobeam_bluesky.documents.references import PointBlock, StoredRows
 from nanobeam_bluesky.geometry import Geometry, GeometryError
 
-__all__ = ["FrameReader", "ReadStatus", "bin_frames"]
+if TYPE_CHECKING:
+    from nanobeam_bluesky.documents.chunks import ChunkLayout
+
+__all__ = ["FrameReader", "ReadStatus"]
 
 MAX_OPEN_FILES = 16
 MAX_FRAMES = 4096
@@ -42,10 +45,18 @@ class ReadStatus(IntEnum):
     """Cannot be read, however long one waits."""
 
 
+@dataclass
+class _File:
+    hdf5: h5py.File
+    datasets: dict[str, Any] = field(default_factory=dict)
+    layouts: dict[str, ChunkLayout | None] = field(default_factory=dict)
+
+
 class FrameReader:
     """Reads ROIs of stored frames, and stored scalars.
 
-    Files stay open (the last `MAX_OPEN_FILES`), in SWMR mode where the writer allows.
+    Files stay open (the last `MAX_OPEN_FILES`), in SWMR mode where the writer allows. Several
+    threads may read at once: while one waits for the disk, others bin.
 
     Parameters
     ----------
@@ -55,14 +66,14 @@ class FrameReader:
 
     def __init__(self, geometry: Geometry) -> None:
         self.geometry = geometry
-        self._files: OrderedDict[str, tuple[h5py.File, dict[str, Any]]] = OrderedDict()
+        self._files: OrderedDict[str, _File] = OrderedDict()
         self._handlers = HandlerReader()
+        self._lock = threading.Lock()
 
     def close(self) -> None:
         """Close every file."""
-        self._handlers.close()
-        for path in list(self._files):
-            self._forget(path)
+        with self._lock:
+            self._forget_all()
 
     def patterns(
         self, block: PointBlock
@@ -84,11 +95,14 @@ class FrameReader:
         if k > 1 and block.count * k > MAX_FRAMES:
             return self._in_parts(block, k)
         n = block.count
-        frames, status, reason = self._rows(block, frames=True)
+        with self._lock:
+            frames, status, reason = self._rows(block, frames=True)
         patterns = np.zeros((n, *self.geometry.pattern_shape), dtype=np.float32)
         saturated = np.zeros(n, dtype=bool)
         ok = status == ReadStatus.OK
         if frames is not None and ok.any():
+            from nanobeam_bluesky.documents.binning import bin_frames
+
             frames = frames[ok]
             binned, hot = bin_frames(frames.reshape(-1, *frames.shape[-2:]), self.geometry)
             if frames.ndim == 4:  # a point is the sum of its frames, saturated where one is
@@ -99,7 +113,8 @@ class FrameReader:
 
     def scalars(self, block: PointBlock) -> tuple[NDArray[np.float64], NDArray[np.int8], str]:
         """Read one number a point: values (n,), NaN where not read, status (n,), reason."""
-        values, status, reason = self._rows(block, frames=False)
+        with self._lock:
+            values, status, reason = self._rows(block, frames=False)
         numbers = np.full(block.count, np.nan)
         ok = status == ReadStatus.OK
         if values is not None and ok.any():
@@ -162,7 +177,7 @@ class FrameReader:
                     f"{stored.path}:{stored.dataset} has {length} rows, row "
                     f"{stored.row + block.count * stored.rows_per_point - 1} was announced"
                 )
-                if not self._files[stored.path][0].swmr_mode:
+                if not self._files[stored.path].hdf5.swmr_mode:
                     self._forget(stored.path)
             n = min(available, block.count)
             if not n:
@@ -227,7 +242,7 @@ class FrameReader:
             except (NeverError, GeometryError) as error:
                 status[i], reason = ReadStatus.NEVER, f"{stored.path}: {error}"
             except Exception as error:  # of a damaged file
-                self.close()
+                self._forget_all()
                 status[i], reason = ReadStatus.RETRY, f"{stored.path}: {error}"
         good = [v for v in values if v is not None]
         if not good:
@@ -267,7 +282,7 @@ class FrameReader:
 
     def _is_short(self, path: str) -> bool:
         """Whether the file is truncated: in SWMR mode HDF5 gives zeros for what is cut off."""
-        return bool(os.stat(path).st_size < self._files[path][0].id.get_filesize())
+        return bool(os.stat(path).st_size < self._files[path].hdf5.id.get_filesize())
 
     @staticmethod
     def _check_within(dataset: Any, stored: StoredRows) -> None:
@@ -282,7 +297,8 @@ class FrameReader:
                     raise OSError("cut off: the file is truncated")
 
     def _dataset(self, stored: StoredRows) -> Any:
-        file, datasets = self._open(stored.path)
+        opened = self._open(stored.path)
+        file, datasets = opened.hdf5, opened.datasets
         # one handle each: to refresh one of two makes HDF5 2.0 lose chunks, silently
         dataset = datasets.get(stored.dataset)
         if dataset is None:
@@ -297,7 +313,7 @@ class FrameReader:
             dataset.refresh()
         return dataset
 
-    def _open(self, path: str) -> tuple[h5py.File, dict[str, Any]]:
+    def _open(self, path: str) -> _File:
         if path in self._files:
             self._files.move_to_end(path)
             return self._files[path]
@@ -309,14 +325,19 @@ class FrameReader:
                 file = h5py.File(path, "r")
             except OSError as error:
                 raise NotYetError(f"{path}: {error}") from error
-        self._files[path] = (file, {})
+        self._files[path] = _File(file)
         while len(self._files) > MAX_OPEN_FILES:
             self._forget(next(iter(self._files)))
         return self._files[path]
 
     def _forget(self, path: str) -> None:
         if path in self._files:
-            self._files.pop(path)[0].close()
+            self._files.pop(path).hdf5.close()
+
+    def _forget_all(self) -> None:
+        self._handlers.close()
+        for path in list(self._files):
+            self._forget(path)
 
     def _frame_rows(self, dataset: Any, stored: StoredRows, n: int) -> NDArray[Any]:
         if dataset.ndim not in (3, 4):
@@ -326,8 +347,28 @@ class FrameReader:
         if not stored.cut:
             roi.check_inside(dataset.shape[-2:])
         k = stored.rows_per_point
-        frames = _consecutive(dataset, stored.row, n * k, rows, cols)
+        frames = None if stored.cut else self._direct(dataset, stored, n * k)
+        if frames is None:
+            frames = _consecutive(dataset, stored.row, n * k, rows, cols)
         return frames if k == 1 else frames.reshape(n, k, *frames.shape[1:])
+
+    def _direct(self, dataset: Any, stored: StoredRows, n: int) -> NDArray[Any] | None:
+        """Read frames from their chunks; None where the library must, or must say what is wrong."""
+        from nanobeam_bluesky.documents.chunks import chunk_layout, read_region
+
+        opened = self._files[stored.path]
+        if stored.dataset not in opened.layouts:
+            here = dataset.file.filename == opened.hdf5.filename  # no external link
+            layout = chunk_layout(dataset) if here and not opened.hdf5.userblock_size else None
+            opened.layouts[stored.dataset] = layout
+        layout = opened.layouts[stored.dataset]
+        if layout is None:
+            return None
+        roi = self.geometry.roi
+        try:
+            return read_region(dataset, layout, opened.hdf5.id.get_vfd_handle(), stored.row, n, roi)
+        except OSError:
+            return None
 
     @staticmethod
     def _scalar_rows(dataset: Any, stored: StoredRows, n: int) -> NDArray[Any]:
@@ -368,52 +409,3 @@ def _padded(values: NDArray[Any], count: int) -> NDArray[Any]:
         return values
     blank = np.zeros((count - len(values), *values.shape[1:]), values.dtype)
     return np.concatenate([values, blank])
-
-
-def bin_frames(
-    frames: NDArray[Any], geometry: Geometry
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Mask, bin and turn frames that are already cut to the ROI.
-
-    A masked pixel takes the mean of the good pixels of its bin; a bin without any is 0.
-
-    Parameters
-    ----------
-    frames
-        (n, rows, columns), raw counts of the ROI.
-    geometry
-        Its binning, orientation, mask and saturation value apply.
-
-    Returns
-    -------
-    patterns
-        (n, ny, nx), counts.
-    saturated
-        (n,), whether a good pixel reached the saturation value; without one, the largest
-        number of an integer type.
-    """
-    b = geometry.binning
-    good = _good_pixels(geometry)
-    limit = geometry.saturation_value
-    if limit is None:  # what a counter that has run full shows
-        limit = np.iinfo(frames.dtype).max if frames.dtype.kind in "ui" else np.inf
-    hot = frames >= limit
-    saturated: NDArray[np.bool_] = np.any(hot if good is None else hot & good, axis=(1, 2))
-    if good is not None:
-        frames = np.where(good, frames, frames.dtype.type(0))
-    # b² strided sums: a third of the time of a reshaped sum over two axes
-    binned = np.zeros((len(frames), *(n // b for n in frames.shape[1:])), dtype=np.float32)
-    for i in range(b):
-        for j in range(b):
-            binned += frames[:, i::b, j::b]
-    if good is not None:
-        valid = good.reshape(good.shape[0] // b, b, good.shape[1] // b, b).sum(axis=(1, 3))
-        binned *= np.divide(b * b, valid, out=np.zeros(valid.shape, np.float32), where=valid > 0)
-    return np.ascontiguousarray(geometry.orient(binned)), saturated
-
-
-@lru_cache(maxsize=4)
-def _good_pixels(geometry: Geometry) -> NDArray[np.bool_] | None:
-    """Good pixels of the ROI (rows, columns); None where all are."""
-    good = geometry.good_pixels
-    return None if good.all() else good

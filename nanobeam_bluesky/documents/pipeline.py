@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from nanobeam_bluesky.documents.derived_run import DerivedRun, failed_run
 from nanobeam_bluesky.documents.frames import ReadStatus
-from nanobeam_bluesky.documents.processing import AnalyzerChoice, Processed, Task
+from nanobeam_bluesky.documents.processing import THREADS, AnalyzerChoice, Processed, Task
 from nanobeam_bluesky.documents.references import PointBlock, RunReferences, StoredRows
 from nanobeam_bluesky.documents.resources import count_of
 from nanobeam_bluesky.documents.scan_grid import ScanGrid
@@ -40,8 +40,8 @@ PAGE_POINTS = 512
 PAGE_SECONDS = 0.5
 TASK_POINTS = 256
 """Points of one task: enough to fill batches, short enough for the display."""
-TASKS_IN_FLIGHT = 2
-"""One is worked on while the next waits, so that the worker never does."""
+TASKS_IN_FLIGHT = THREADS + 1
+"""One waits while the others are worked on, so that the worker never does."""
 CALIBRATION_POINTS = 256
 """Points that a calibration waits for, if the scan has as many."""
 RETRY_SECONDS = (0.1, 0.2, 0.5, 1.0)

@@ -29,6 +29,10 @@ MissingModel = Literal["universal", "fit", "train", "skip"]
 TRAINING = (sys.executable, "-m", "nanobeam_bluesky.training")
 """The command that trains in the background."""
 
+THREADS = min(4, os.cpu_count() or 1)
+"""Tasks that the worker process works on at once: reading, decompression, network and
+refinement leave the interpreter lock to each other."""
+
 logger = logging.getLogger("nanobeam_bluesky")
 
 

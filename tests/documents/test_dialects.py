@@ -22,7 +22,7 @@ from ophyd_async.sim import SimBlobDetector
 
 from nanobeam_bluesky.callbacks import NanobeamCallback
 from nanobeam_bluesky.documents import AnalyzerChoice, Tally, derive, read_documents
-from nanobeam_bluesky.documents.frames import bin_frames
+from nanobeam_bluesky.documents.binning import bin_frames
 from nanobeam_bluesky.geometry import Geometry
 from nanobeam_bluesky.models import Analyzer, Flag
 from nanobeam_bluesky.sim import SimulatedSXDM, phantom, sxdm_fly

@@ -13,7 +13,7 @@ from ophyd.sim import SynAxis
 from ophyd.status import Status
 
 from nanobeam_bluesky.documents import AnalyzerChoice, Tally, derive
-from nanobeam_bluesky.documents.frames import bin_frames
+from nanobeam_bluesky.documents.binning import bin_frames
 from nanobeam_bluesky.geometry import Geometry
 from nanobeam_bluesky.models import Analyzer
 from nanobeam_bluesky.physics import forward

@@ -15,7 +15,8 @@ import tifffile
 
 from nanobeam_bluesky.documents import FrameReader, PointBlock, ReadStatus, StoredRows
 from nanobeam_bluesky.documents import frames as module
-from nanobeam_bluesky.documents.frames import MAX_OPEN_FILES, bin_frames
+from nanobeam_bluesky.documents.binning import bin_frames
+from nanobeam_bluesky.documents.frames import MAX_OPEN_FILES
 from nanobeam_bluesky.geometry import Geometry, Orientation
 
 OK, RETRY, NEVER = ReadStatus.OK, ReadStatus.RETRY, ReadStatus.NEVER

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from nanobeam_bluesky.documents.frames import bin_frames
+from nanobeam_bluesky.documents.binning import bin_frames
 from nanobeam_bluesky.geometry import Geometry, RectangularPupil
 from nanobeam_bluesky.models import Calibration, CalibrationError, Estimates, calibrate, refine
 from nanobeam_bluesky.physics import forward
