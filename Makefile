@@ -13,7 +13,7 @@ demo: $(STAMP)
 	$(BIN)/nanobeam demo $(ARGS)
 
 test: lint
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check

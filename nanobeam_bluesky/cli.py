@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 
 from nanobeam_bluesky.geometry import Geometry, GeometryError
 
@@ -403,7 +403,8 @@ def list_models(store: Store = None) -> None:
     from nanobeam_bluesky.models import ModelRefusedError, ModelStore
 
     stored = ModelStore(store)
-    table = Table("geometry", "architecture", "energy, keV", "pixels", "counts", "created")
+    whole = Column("geometry", min_width=16)  # for all others there is `models show`
+    table = Table(whole, "architecture", "energy, keV", "pixels", "counts", "created")
     for fingerprint in stored.paths():
         try:
             card = stored.card(fingerprint)

@@ -216,10 +216,13 @@ def _open(processor: Processor, message: Message) -> Message:
 
 def _warm_up() -> None:
     """Import and compile before the first run needs it: 20 s once, then from numba's cache."""
+    from nanobeam_bluesky.documents.binning import bin_frames
     from nanobeam_bluesky.models import Analyzer
 
     geometry = Geometry.published()
-    Analyzer.for_geometry(geometry).process(np.ones((1, *geometry.pattern_shape)))
+    for dtype in (np.uint16, np.uint32):  # of most detectors
+        patterns, _ = bin_frames(np.ones((1, *geometry.roi_shape), dtype), geometry)
+    Analyzer.for_geometry(geometry).process(patterns)
 
 
 def main() -> None:

@@ -186,7 +186,7 @@ def test_the_examples_run(name, tmp_path):
     script = ROOT / "examples" / f"{name}.py"
     seconds = ["--seconds", "5"] if name == "train_from_run" else []
     text = run(script, *seconds, home=tmp_path)
-    assert {"live_scan": "points_analysed=768", "train_from_run": "stored for geometry"}[
+    assert {"live_scan": "points_analysed 768", "train_from_run": "stored for geometry"}[
         name
     ] in text
 
