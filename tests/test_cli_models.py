@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from nanobeam_bluesky import Geometry
-from nanobeam_bluesky.cli import app
+from nanobeam_bluesky.cli import app, console
 from nanobeam_bluesky.models import Analyzer, ModelStore, NanobeamNN
 from nanobeam_bluesky.physics import forward
 
@@ -43,7 +43,7 @@ def published_file(tmp_path_factory):
 def models(tmp_path, monkeypatch):
     """Run ``nanobeam models …``; return what it printed."""
     monkeypatch.setenv("NANOBEAM_HOME", str(tmp_path))
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(console, "width", 200)
 
     def run(*arguments, code=0):
         done = CliRunner().invoke(app, ["models", *map(str, arguments)])
