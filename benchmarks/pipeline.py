@@ -53,7 +53,7 @@ def record(folder: str, geometry: Geometry, shape: tuple[int, int]) -> Documents
 def frames_of(documents: Documents) -> tuple[Path, str]:
     """File and dataset of the frames."""
     for name, doc in documents:
-        if name == "stream_resource" and "img" in doc["data_key"]:
+        if name == "stream_resource" and doc["parameters"]["dataset"] == "/entry/data/data":
             return Path(doc["uri"].removeprefix("file://localhost")), doc["parameters"]["dataset"]
     raise RuntimeError("no frames in these documents")
 
@@ -68,9 +68,7 @@ def compress(path: Path, dataset: str) -> None:
         )
         for first in range(0, len(source), 64):
             target[first : first + 64] = source[first : first + 64]
-        for name in ("sx", "sy"):
-            if f"/entry/data/{name}" in old:
-                old.copy(f"/entry/data/{name}", new, f"/entry/data/{name}")
+        old.copy("/entry/positions", new, "/entry/positions")
     part.replace(path)
 
 

@@ -48,6 +48,24 @@ class ChunkLayout:
         self.dtype = dtype
         self.shape = shape
         self.filters = filters
+        self._offsets: dict[int, int] = {}
+        self._length = 0
+
+    def offsets(self, dataset: Any, first: int, n: int) -> list[int] | None:
+        """Where uncompressed frames lie in the file, bytes; None where that is not worth finding.
+
+        The library tells of one chunk only by passing all: so that is done when a tenth of
+        them is new.
+        """
+        if first + n > self._length and len(dataset) >= 1.1 * self._length:
+            self._offsets.clear()
+            dataset.id.chunk_iter(self._found)
+            self._length = len(dataset)
+        found = [self._offsets.get(i, -1) for i in range(first, first + n)]
+        return None if min(found) < 0 else found
+
+    def _found(self, chunk: Any) -> None:
+        self._offsets[chunk.chunk_offset[0]] = chunk.byte_offset
 
 
 def chunk_layout(dataset: Any) -> ChunkLayout | None:
@@ -70,7 +88,7 @@ def chunk_layout(dataset: Any) -> ChunkLayout | None:
 
 def read_region(
     dataset: Any, layout: ChunkLayout, descriptor: int, first: int, n: int, roi: ROI
-) -> NDArray[Any]:
+) -> NDArray[Any] | None:
     """Read a region of consecutive frames.
 
     Parameters
@@ -89,30 +107,35 @@ def read_region(
     Returns
     -------
     ndarray
-        (n, roi.height, roi.width), zero where a frame was never written.
+        (n, roi.height, roi.width); None where the library is quicker, or a frame was never
+        written.
 
     Raises
     ------
     OSError
-        If a chunk lies beyond the end of the file, or is not what its filter makes.
+        If a chunk is not there, lies beyond the end of the file, or is not what its filter makes.
     """
     rows, columns = layout.shape
     out = np.zeros((n, roi.height, roi.width), layout.dtype)
     size = layout.dtype.itemsize
-    scratch = np.empty(0, np.uint8)
-    for i in range(n):
-        info = dataset.id.get_chunk_info_by_coord((first + i, 0, 0))
-        if info.byte_offset is None:
-            continue  # HDF5's fill value
-        # a filter that did not help is left out, chunk by chunk
-        filters = [f for k, f in enumerate(layout.filters) if not info.filter_mask >> k & 1]
-        if not filters:
-            start = info.byte_offset + roi.row * columns * size
-            raw = _read(descriptor, start, roi.height * columns * size)
+    if not layout.filters:
+        offsets = layout.offsets(dataset, first, n)
+        if offsets is None:
+            return None
+        for i, offset in enumerate(offsets):
+            raw = _read(descriptor, offset + roi.row * columns * size, roi.height * columns * size)
             band = raw.view(layout.dtype).reshape(roi.height, columns)
             out[i] = band[:, roi.col : roi.col + roi.width]
-            continue
-        raw = _read(descriptor, info.byte_offset, info.size)
+        return out
+    scratch = np.empty(0, np.uint8)
+    for i in range(n):
+        # a filter that did not help is left out, chunk by chunk
+        try:
+            mask, content = dataset.id.read_direct_chunk((first + i, 0, 0))
+        except RuntimeError as error:  # of h5py, where there is none
+            raise OSError(f"frame {first + i}: {error}") from error
+        filters = [f for k, f in enumerate(layout.filters) if not mask >> k & 1]
+        raw = np.frombuffer(content, np.uint8)
         if filters == [_BITSHUFFLE]:
             block = int.from_bytes(raw[8:_HEADER].tobytes(), "big")
             if len(scratch) != block and 0 < block <= _LARGEST_BLOCK:
@@ -123,17 +146,17 @@ def read_region(
             )  # fmt: skip
             if not good:
                 raise OSError(f"frame {first + i}: its chunk is no bitshuffle of LZ4 blocks")
-        else:
+            continue
+        if _GZIP in filters:
             try:
-                whole = np.frombuffer(zlib.decompress(raw.tobytes()), np.uint8)
+                raw = np.frombuffer(zlib.decompress(content), np.uint8)
             except zlib.error as error:
                 raise OSError(f"frame {first + i}: {error}") from error
-            if len(whole) != rows * columns * size:
-                raise OSError(f"frame {first + i}: its chunk has {len(whole)} bytes")
-            if _SHUFFLE in filters:
-                whole = np.ascontiguousarray(whole.reshape(size, -1).T)
-            frame = whole.reshape(-1).view(layout.dtype).reshape(rows, columns)
-            out[i] = frame[roi.slices]
+        if len(raw) != rows * columns * size:
+            raise OSError(f"frame {first + i}: its chunk has {len(raw)} bytes")
+        if _SHUFFLE in filters:
+            raw = np.ascontiguousarray(raw.reshape(size, -1).T).reshape(-1)
+        out[i] = raw.view(layout.dtype).reshape(rows, columns)[roi.slices]
     return out
 
 
