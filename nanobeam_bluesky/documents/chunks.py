@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,13 @@ def chunk_layout(dataset: Any) -> ChunkLayout | None:
 
 
 def read_region(
-    dataset: Any, layout: ChunkLayout, descriptor: int, first: int, n: int, roi: ROI
+    dataset: Any,
+    layout: ChunkLayout,
+    descriptor: int,
+    first: int,
+    n: int,
+    roi: ROI,
+    unlocked: AbstractContextManager[object] | None = None,
 ) -> NDArray[Any] | None:
     """Read a region of consecutive frames.
 
@@ -103,6 +110,8 @@ def read_region(
         Frames.
     roi
         The region, inside the frames.
+    unlocked
+        Entered while nothing but memory is needed, to decompress.
 
     Returns
     -------
@@ -115,48 +124,54 @@ def read_region(
     OSError
         If a chunk is not there, lies beyond the end of the file, or is not what its filter makes.
     """
-    rows, columns = layout.shape
-    out = np.zeros((n, roi.height, roi.width), layout.dtype)
-    size = layout.dtype.itemsize
     if not layout.filters:
         offsets = layout.offsets(dataset, first, n)
         if offsets is None:
             return None
+        out = np.empty((n, roi.height, roi.width), layout.dtype)
+        columns, size = layout.shape[1], layout.dtype.itemsize
         for i, offset in enumerate(offsets):
             raw = _read(descriptor, offset + roi.row * columns * size, roi.height * columns * size)
             band = raw.view(layout.dtype).reshape(roi.height, columns)
             out[i] = band[:, roi.col : roi.col + roi.width]
         return out
+    try:
+        chunks = [dataset.id.read_direct_chunk((first + i, 0, 0)) for i in range(n)]
+    except RuntimeError as error:  # of h5py, where there is none
+        raise OSError(f"frames {first} to {first + n - 1}: {error}") from error
+    with unlocked or nullcontext():
+        return _decompressed(chunks, layout, roi)
+
+
+def _decompressed(chunks: list[tuple[int, bytes]], layout: ChunkLayout, roi: ROI) -> NDArray[Any]:
+    """Return regions (n, height, width) of chunks, each with the mask of its filters."""
+    rows, columns = layout.shape
+    size = layout.dtype.itemsize
+    out = np.zeros((len(chunks), roi.height, roi.width), layout.dtype)
     scratch = np.empty(0, np.uint8)
-    for i in range(n):
+    for (mask, content), region in zip(chunks, out, strict=True):
         # a filter that did not help is left out, chunk by chunk
-        try:
-            mask, content = dataset.id.read_direct_chunk((first + i, 0, 0))
-        except RuntimeError as error:  # of h5py, where there is none
-            raise OSError(f"frame {first + i}: {error}") from error
         filters = [f for k, f in enumerate(layout.filters) if not mask >> k & 1]
         raw = np.frombuffer(content, np.uint8)
         if filters == [_BITSHUFFLE]:
-            block = int.from_bytes(raw[8:_HEADER].tobytes(), "big")
+            block = int.from_bytes(content[8:_HEADER], "big")
             if len(scratch) != block and 0 < block <= _LARGEST_BLOCK:
                 scratch = np.empty(block, np.uint8)
-            good = _unpack(
-                raw, rows * columns, size, columns, roi.row, roi.col, scratch,
-                out[i].view(np.uint8).reshape(roi.height, roi.width, size),
-            )  # fmt: skip
-            if not good:
-                raise OSError(f"frame {first + i}: its chunk is no bitshuffle of LZ4 blocks")
+            target = region.view(np.uint8).reshape(roi.height, roi.width, size)
+            place = (rows * columns, size, columns, roi.row, roi.col)
+            if not _unpack(raw, *place, scratch, target):
+                raise OSError("a chunk is no bitshuffle of LZ4 blocks")
             continue
         if _GZIP in filters:
             try:
                 raw = np.frombuffer(zlib.decompress(content), np.uint8)
             except zlib.error as error:
-                raise OSError(f"frame {first + i}: {error}") from error
+                raise OSError(f"a chunk is no gzip: {error}") from error
         if len(raw) != rows * columns * size:
-            raise OSError(f"frame {first + i}: its chunk has {len(raw)} bytes")
+            raise OSError(f"a chunk has {len(raw)} bytes, expected {rows * columns * size}")
         if _SHUFFLE in filters:
             raw = np.ascontiguousarray(raw.reshape(size, -1).T).reshape(-1)
-        out[i] = raw.view(layout.dtype).reshape(rows, columns)[roi.slices]
+        region[:] = raw.view(layout.dtype).reshape(rows, columns)[roi.slices]
     return out
 
 
@@ -188,6 +203,7 @@ def _unpack(
         return False
     at = np.int64(_HEADER)
     first = 0
+    eights = np.empty((width // 8 + 2, 8, size), np.uint8)
     top = row * columns + column
     bottom = (row + height - 1) * columns + column + width
     while first < bottom:
@@ -216,35 +232,38 @@ def _unpack(
         if first + count > top:
             if not _lz4(raw[at : at + packed], block[: count * size]):
                 return False
+            planes = block[: count * size].reshape(size, 8, count // 8)
             begin = max(row, first // columns)
             end = min(row + height, (first + count - 1) // columns + 1)
             for r in range(begin, end):
                 low = max(first, r * columns + column) - first
                 high = min(first + count, r * columns + column + width) - first
                 if low < high:
-                    shift = r * columns + column - first
-                    _unshuffle(block, count, size, low, high, shift, out[r - row])
+                    begins = first + low - r * columns - column
+                    line = out[r - row, begins : begins + high - low]
+                    _unshuffle(planes, low, high, eights, line)
         at += packed
         first += count
     return True
 
 
 @kernel
-def _unshuffle(
-    block: Bytes, count: int, size: int, low: int, high: int, shift: int, line: NDArray[np.uint8]
-) -> None:
-    """Undo the bit shuffle of the elements low ≤ i < high of a block; i − shift in `line`.
+def _unshuffle(planes: Bytes, low: int, high: int, eights: Bytes, line: Bytes) -> None:
+    """Undo the bit shuffle of the elements low ≤ i < high of a block.
 
-    `line` is zero before.
+    `planes` is (size, 8, count / 8): of each byte of the elements each bit, eight elements in a
+    byte. `eights`, (…, 8, size), is memory for as many; `line` is (high − low, size).
     """
-    stride = count // 8
-    for group in range(low // 8, (high + 7) // 8):
-        begin, end = max(0, low - 8 * group), min(8, high - 8 * group)
-        for k in range(size):
+    first, groups = low // 8, (high + 7) // 8 - low // 8
+    done = eights[:groups]
+    done[:] = 0
+    for k in range(len(planes)):
+        bits = planes[k][:, first : first + groups]
+        for group in range(groups):
             # eight bytes, of which the bits m belong to element m: an 8×8 transposition
             x = np.uint64(0)
             for bit in range(8):
-                x |= np.uint64(block[(8 * k + bit) * stride + group]) << np.uint64(8 * bit)
+                x |= np.uint64(bits[bit, group]) << np.uint64(8 * bit)
             if x == 0:
                 continue
             t = (x ^ (x >> np.uint64(7))) & np.uint64(0x00AA00AA00AA00AA)
@@ -253,8 +272,9 @@ def _unshuffle(
             x = x ^ t ^ (t << np.uint64(14))
             t = (x ^ (x >> np.uint64(28))) & np.uint64(0x00000000F0F0F0F0)
             x = x ^ t ^ (t << np.uint64(28))
-            for m in range(begin, end):
-                line[8 * group + m - shift, k] = (x >> np.uint64(8 * m)) & np.uint64(255)
+            for m in range(8):
+                done[group, m, k] = (x >> np.uint64(8 * m)) & np.uint64(255)
+    line[:] = done.reshape(8 * groups, len(planes))[low - 8 * first : high - 8 * first]
 
 
 @kernel

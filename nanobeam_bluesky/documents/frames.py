@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
@@ -352,6 +353,15 @@ class FrameReader:
             frames = _consecutive(dataset, stored.row, n * k, rows, cols)
         return frames if k == 1 else frames.reshape(n, k, *frames.shape[1:])
 
+    @contextmanager
+    def _unlocked(self) -> Iterator[None]:
+        """Let other threads read meanwhile."""
+        self._lock.release()
+        try:
+            yield
+        finally:
+            self._lock.acquire()
+
     def _direct(self, dataset: Any, stored: StoredRows, n: int) -> NDArray[Any] | None:
         """Read frames from their chunks; None where the library must, or must say what is wrong."""
         from nanobeam_bluesky.documents.chunks import chunk_layout, read_region
@@ -366,7 +376,8 @@ class FrameReader:
             return None
         roi = self.geometry.roi
         try:
-            return read_region(dataset, layout, opened.hdf5.id.get_vfd_handle(), stored.row, n, roi)
+            descriptor = opened.hdf5.id.get_vfd_handle()
+            return read_region(dataset, layout, descriptor, stored.row, n, roi, self._unlocked())
         except OSError:
             return None
 
