@@ -15,6 +15,7 @@ from scipy.ndimage import distance_transform_edt
 from nanobeam_bluesky.geometry import Geometry
 from nanobeam_bluesky.models.correlation import RANGES, correlation_fit, default_library
 from nanobeam_bluesky.models.estimates import DEFAULT_FIT, MIN_COUNTS, Estimates, Flag
+from nanobeam_bluesky.models.fringes import place_fringes
 from nanobeam_bluesky.models.networks import outputs, pick_device
 from nanobeam_bluesky.models.reduced import (
     LIMITS,
@@ -235,7 +236,9 @@ class Analyzer:
             flags = estimates.flags
         else:
             estimates = replace(self._first(shown), counts=checked.total)
-            if self.card is not None and not isinstance(self._network, ReducedNet):
+            if isinstance(self._network, ReducedNet):
+                estimates = place_fringes(shown, estimates, self.geometry, mask=self._mask)
+            elif self.card is not None:
                 estimates = self._with_sigma(estimates, self.card)
             flags = np.where(checked.total < MIN_COUNTS, int(Flag.FEW_COUNTS), 0)
             unsure = _unsure(estimates, self.ranges)

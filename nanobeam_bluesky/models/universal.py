@@ -9,8 +9,10 @@ FiLM, AAAI 2018, arXiv 1709.07871); for one geometry they are constants.
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from importlib.resources import files
+from typing import Any
 
 import torch
 from safetensors.torch import load
@@ -39,6 +41,8 @@ _HIDDEN = 96  # of the network that makes the modulations
 
 Modulation = tuple[Tensor, Tensor]
 """Gain − 1 and offset, (g, 1, width), of a layer's outputs."""
+Looker = Callable[[View, Tensor], Tensor]
+"""What is seen of patterns, and more of each → three values and log σ, (g, b, 6)."""
 
 
 class _Look(nn.Module):
@@ -70,6 +74,28 @@ class _Look(nn.Module):
         out: Tensor = self.last(hidden)
         return out
 
+    def folded(self, modulations: list[Modulation]) -> Looker:
+        """`forward` of one geometry, its modulations made part of the weights."""
+        weights, offsets = [], []
+        layers: tuple[Any, ...] = (self.patches, *self.dense)
+        for layer, (gain, offset) in zip(layers, modulations, strict=True):
+            weights.append((layer.weight * (1 + gain[0, 0, :, None])).T.contiguous())
+            offsets.append(layer.bias * (1 + gain[0, 0]) + offset[0, 0])
+        more = torch.cat([extra.get_parameter("weight") for extra in self.extras]).T.contiguous()
+        return partial(self._run, weights, torch.cat(offsets), more)
+
+    def _run(
+        self, weights: list[Tensor], offsets: Tensor, more: Tensor, seen: View, extra: Tensor
+    ) -> Tensor:
+        first, *others = torch.addmm(offsets, extra[0], more).split(self.widths, -1)
+        hidden = torch.matmul(seen.patches[0], weights[0]).add_(first[:, None])
+        hidden = functional.silu(hidden, inplace=True)
+        hidden = torch.cat([hidden.flatten(1), seen.profiles[0]], -1)
+        for weight, offset in zip(weights[1:], others, strict=True):
+            hidden = functional.silu(torch.addmm(offset, hidden, weight), inplace=True)
+        out: Tensor = self.last(hidden)
+        return out[None]
+
 
 class _TwoLooks(nn.Module):
     """What `UniversalNet` and `ReducedNet` share; g geometries, b patterns of each."""
@@ -85,8 +111,9 @@ class _TwoLooks(nn.Module):
         columns: Tensor,  # (g, nx + 1)
         rows: Tensor,  # (g, ny + 1)
         units: Tensor,  # (g, 3)
-        condition: Tensor,  # (g, CONDITIONS)
-        modulations: tuple[list[Modulation], list[Modulation]],
+        lit: Tensor,  # (g, n, n), what `_pupil` makes of the condition
+        first_look: Looker,
+        second_look: Looker,
     ) -> tuple[Tensor, Tensor]:
         """Shifts in `Reduced.units` and log σ of both looks, each (g, b, 6)."""
         half_x, half_y = units[:, 0], units[:, 1]
@@ -97,15 +124,15 @@ class _TwoLooks(nn.Module):
         area = (2 * VIEW) ** 2 * half_x * half_y
         counts = torch.log((seen.counts * area[:, None]).clamp_min(1))
         level = ((counts - 8) / 2.5)[..., None]
-        first = self.first(seen, level, modulations[0])
+        first = first_look(seen, level)
         known = first.detach()
         place = known[..., :3].clamp(-_FARTHEST, _FARTHEST)
         x = _on_border(-place[..., 0] * half_x[:, None], columns)
         y = _on_border(-place[..., 1] * half_y[:, None], rows)
         place = torch.stack([-x / half_x[:, None], -y / half_y[:, None], place[..., 2]], -1)
-        seen = view(patterns, *borders, x, y, half_x, half_y, CLOSE_VIEW, _pupil(condition))
+        seen = view(patterns, *borders, x, y, half_x, half_y, CLOSE_VIEW, lit)
         extra = torch.cat([level, place, known[..., 3:]], -1)
-        second = self.second(seen, extra, modulations[1])
+        second = second_look(seen, extra)
         return first, torch.cat([place + 0.1 * second[..., :3], second[..., 3:]], -1)
 
 
@@ -140,8 +167,13 @@ class UniversalNet(_TwoLooks):
         self, patterns: Tensor, columns: Tensor, rows: Tensor, units: Tensor, condition: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Labels and log σ of both looks, each (g, b, 6), of patterns (g, b, ny, nx)."""
-        modulations = self.modulations(condition)
-        return self._looks(patterns, columns, rows, units, condition, modulations)
+        lookers = (
+            partial(look, modulations=modulations)
+            for look, modulations in zip(
+                (self.first, self.second), self.modulations(condition), strict=True
+            )
+        )
+        return self._looks(patterns, columns, rows, units, _pupil(condition), *lookers)
 
     @torch.no_grad()
     def at(self, reduced: Reduced) -> ReducedNet:
@@ -200,6 +232,8 @@ class ReducedNet(_TwoLooks):
         self.register_buffer("units", torch.ones(3))
         # slope and offset of `Reduced`; g, omega_px, chi_px and dq_px of its plan
         self.register_buffer("scales", torch.ones(6, dtype=torch.float64))
+        self._key: list[tuple[int, int]] = []  # of the weights that `_fold` is made of
+        self._fold: tuple[Tensor, Looker, Looker]
 
     def forward(self, counts: Tensor) -> Tensor:
         """Of counts (n, 1, ny, nx): strain, ω, χ (deg) and their σ, (n, 6)."""
@@ -211,19 +245,28 @@ class ReducedNet(_TwoLooks):
         return self._angles(known), self._angles(labels)
 
     def _labels(self, counts: Tensor) -> tuple[Tensor, Tensor]:
-        first, second = (
-            _split(values[None], look.widths)
-            for values, look in zip(self.modulated, (self.first, self.second), strict=True)
-        )
-        known, labels = self._looks(
-            counts[None, :, 0],
-            self.columns[None],
-            self.rows[None],
-            self.units[None],
-            self.condition[None],
-            (first, second),
-        )
+        lit, *lookers = self._lookers() if torch.is_grad_enabled() else self._folded()
+        borders = self.columns[None], self.rows[None]
+        known, labels = self._looks(counts[None, :, 0], *borders, self.units[None], lit, *lookers)
         return known[0], labels[0]
+
+    def _lookers(self, *, folded: bool = False) -> tuple[Tensor, Looker, Looker]:
+        first, second = (
+            look.folded(modulations) if folded else partial(look, modulations=modulations)
+            for look, modulations in (
+                (look, _split(values[None], look.widths))
+                for look, values in zip((self.first, self.second), self.modulated, strict=True)
+            )
+        )
+        return _pupil(self.condition[None]), first, second
+
+    def _folded(self) -> tuple[Tensor, Looker, Looker]:
+        """`_lookers`, folded once for the weights as they are."""
+        weights = (*self.parameters(), self.condition)
+        key = [(w.data_ptr(), w._version) for w in weights]
+        if key != self._key:
+            self._key, self._fold = key, self._lookers(folded=True)
+        return self._fold
 
     def _angles(self, labels: Tensor) -> Tensor:
         """From `Reduced.units` and log σ, (n, 6), to strain and tilts."""

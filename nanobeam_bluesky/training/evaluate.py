@@ -82,12 +82,13 @@ def evaluate(
     noisy = poisson(
         patterns, np.arange(n), np.full(n, scale, np.float32), np.zeros(n, np.float32), seed
     )
+    if isinstance(estimator, ReducedNet):
+        estimator = Analyzer(geometry, network=estimator, ranges=limits)
     if isinstance(estimator, Analyzer):
         estimates = estimator.process(noisy)
         found = np.stack([getattr(estimates, name) for name in names], axis=1)
     else:
-        known = 3 if isinstance(estimator, ReducedNet) else len(names)  # its own σ follow
-        found = _apply(estimator, noisy)[:, :known]
+        found = _apply(estimator, noisy)
     error = found - truth[:, : found.shape[1]]  # a network need not give the thickness
     strain, omega, chi, *film = truth[:_BOUNDS].T
     bound = cramer_rao(
@@ -150,7 +151,7 @@ def simulate(
 
 
 def _apply(network: nn.Module, patterns: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Outputs (n, 3, 4 or 6) of a network on the CPU for counts (n, ny, nx)."""
+    """Outputs (n, 3 or 4) of a network on the CPU for counts (n, ny, nx)."""
     with torch.inference_mode():
         parts = [network(part[:, None]) for part in torch.from_numpy(patterns).split(64)]
     return torch.cat(parts).double().numpy()

@@ -395,7 +395,7 @@ def _recalibrate(network: ReducedNet, patterns: _Patterns) -> None:
     last = network.second.last
     given: list[Tensor] = []
     pulls = []
-    hook = last.register_forward_hook(lambda _, inputs, __: given.append(inputs[0][0]))
+    hook = last.register_forward_hook(lambda _, inputs, __: given.append(inputs[0].flatten(0, -2)))
     with torch.no_grad():
         for _ in range(_HELD_OUT // 16):
             counts, labels, _ = patterns.batch()

@@ -145,6 +145,20 @@ def test_network_of_one_geometry_equals_the_one_of_all():
         assert (found[:, 3:] > 0).all()
 
 
+def test_the_folded_network_equals_the_one_that_learns():
+    geometry = fresh(1)[0]
+    network, _, _ = universal_network(geometry)
+    patterns = torch.from_numpy(draw(geometry, 8, 3000)[1].astype(np.float32))[:, None]
+    for _ in range(2):
+        plain = torch.cat(network.both(patterns)).detach()  # with gradients
+        with torch.inference_mode():
+            folded = torch.cat(network.both(patterns))
+        torch.testing.assert_close(folded, plain, rtol=1e-4, atol=1e-6)
+        with torch.no_grad():  # another step of training
+            for weight in network.parameters():
+                weight.mul_(1.01)
+
+
 @pytest.mark.parametrize("geometry", fresh(6), ids=lambda g: g.fingerprint()[:6])
 def test_a_geometry_never_seen_is_refined_to_the_bound(geometry, tmp_path):
     truth, counts, scale = draw(geometry, 200, 4300)
@@ -164,6 +178,16 @@ def test_a_pattern_that_tells_nothing_is_flagged(tmp_path):
     network = Analyzer.for_geometry(PUBLISHED, method="network", store=ModelStore(tmp_path))
     noise = np.random.default_rng(5).poisson(0.2, (20, 64, 64))
     assert (network.process(noise).flags != 0).mean() > 0.9
+
+
+def test_strain_alone_is_near_the_bound_at_the_published_condition(tmp_path):
+    truth = np.random.default_rng(3).uniform(-1, 1, (2000, 3)) * [0.005, 0.05, 0.1]
+    patterns = forward(*truth.T, PUBLISHED)
+    scale = 4300 / patterns.sum((1, 2))
+    counts = np.random.default_rng(4).poisson(patterns * scale[:, None, None])
+    analyzer = Analyzer.for_geometry(PUBLISHED, method="network", store=ModelStore(tmp_path))
+    error = analyzer.process(counts).strain - truth[:, 0]
+    assert np.sqrt(np.mean(error**2)) < 1.3e-4
 
 
 def test_weights_are_small():
