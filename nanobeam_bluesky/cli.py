@@ -40,14 +40,6 @@ class Sampling(StrEnum):
     PUBLISHED = "published"
 
 
-class Serializer(StrEnum):
-    """Of documents on ZMQ."""
-
-    JSON = "json"
-    MSGPACK = "msgpack"
-    PICKLE = "pickle"
-
-
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -328,9 +320,6 @@ def live(
     preset: Annotated[
         str, typer.Option(help="Preset, or path of one; auto: the first shipped that matches.")
     ] = "auto",
-    serializer: Annotated[
-        Serializer, typer.Option(help="What ZMQ carries; pickles are read with pickle alone.")
-    ] = Serializer.JSON,
     publish_zmq: Annotated[
         str | None, typer.Option(help="Publish derived documents to a proxy's incoming address.")
     ] = None,

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from platformdirs import user_data_path
 from rich.console import Console
@@ -101,8 +101,6 @@ class LiveOptions:
     """Seconds without growth after which a file is complete; for `watch`."""
     preset: str = "auto"
     """Where a run's geometry is."""
-    serializer: Literal["json", "msgpack", "pickle"] = "json"
-    """Of ZMQ; "pickle" lets pickles be read too."""
     publish_zmq: str | None = None
     """Incoming address of a ZMQ proxy for derived documents."""
     publish_nats: str | None = None
@@ -221,7 +219,7 @@ def _source(options: LiveOptions) -> tuple[str, Source]:
     if options.zmq is not None:
         from nanobeam_bluesky.transports import ZMQSource
 
-        return where, ZMQSource(options.zmq, allow_pickle=options.serializer == "pickle")
+        return where, ZMQSource(options.zmq)
     if options.nats is not None:
         from nanobeam_bluesky.transports import NATSSource
 
@@ -259,7 +257,7 @@ def _publishers(options: LiveOptions, stack: ExitStack) -> list[Any]:
     if options.publish_zmq is not None:
         from nanobeam_bluesky.transports import ZMQPublisher
 
-        publishers.append(ZMQPublisher(options.publish_zmq, options.serializer))
+        publishers.append(ZMQPublisher(options.publish_zmq))
     if options.publish_nats is not None:
         from nanobeam_bluesky.transports import NATSPublisher
 

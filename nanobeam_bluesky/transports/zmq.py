@@ -10,18 +10,16 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from bluesky.callbacks.zmq import Publisher, RemoteDispatcher
 
 from nanobeam_bluesky.transports.receiver import Take
-from nanobeam_bluesky.transports.wire import SERIALIZERS, decode
+from nanobeam_bluesky.transports.wire import decode, to_json
 
-__all__ = ["Serializer", "ZMQPublisher", "ZMQSource"]
+__all__ = ["ZMQPublisher", "ZMQSource"]
 
 logger = logging.getLogger("nanobeam_bluesky")
-
-Serializer = Literal["json", "msgpack", "pickle"]
 
 SETTLE_SECONDS = 0.5
 """What a subscriber takes to join, with some to spare; ZMQ does not tell."""
@@ -35,20 +33,16 @@ class ZMQSource:
     ----------
     address
         Such as "127.0.0.1:5568", or its port alone.
-    allow_pickle
-        Whether pickled documents, which Bluesky's `Publisher` sends unless told otherwise,
-        are read: on networks where everyone is trusted.
     """
 
-    def __init__(self, address: str, *, allow_pickle: bool = False) -> None:
+    def __init__(self, address: str) -> None:
         self.address = _checked(address)
-        self._allow_pickle = allow_pickle
 
     def run(self, take: Take, stop: threading.Event, ready: Callable[[], None]) -> None:
         """Hand documents to `take` until `stop` is set."""
         while not stop.is_set():
             loop = asyncio.new_event_loop()
-            dispatcher = RemoteDispatcher(self.address, loop=loop, deserializer=self._read)
+            dispatcher = RemoteDispatcher(self.address, loop=loop, deserializer=_read)
             dispatcher.subscribe(lambda name, doc: take(name, doc))
             loop.call_later(SETTLE_SECONDS, ready)
             _watch(loop, stop)
@@ -59,11 +53,12 @@ class ZMQSource:
             except Exception as error:  # a message with a name that is none ends a dispatcher
                 logger.warning("the subscription to %s begins again: %r", self.address, error)
 
-    def _read(self, data: bytes) -> Any:
-        try:
-            return decode(data, allow_pickle=self._allow_pickle)
-        except Exception as error:  # of whatever stands in the message
-            return f"{error}"
+
+def _read(data: bytes) -> Any:
+    try:
+        return decode(data)
+    except Exception as error:  # of whatever stands in the message
+        return f"{error}"
 
 
 def _watch(loop: asyncio.AbstractEventLoop, stop: threading.Event) -> None:
@@ -76,18 +71,16 @@ def _watch(loop: asyncio.AbstractEventLoop, stop: threading.Event) -> None:
 
 
 class ZMQPublisher(Publisher):
-    """Bluesky's Publisher to the incoming address of a proxy, safe to read unless told otherwise.
+    """Bluesky's Publisher to the incoming address of a proxy, of JSON, which is safe to read.
 
     Parameters
     ----------
     address
         Such as "127.0.0.1:5567", or its port alone.
-    serializer
-        "json", "msgpack" or, as Bluesky itself does, "pickle".
     """
 
-    def __init__(self, address: str, serializer: Serializer = "json") -> None:
-        super().__init__(_checked(address), serializer=SERIALIZERS[serializer])
+    def __init__(self, address: str) -> None:
+        super().__init__(_checked(address), serializer=to_json)
 
 
 def _checked(address: str) -> str:
