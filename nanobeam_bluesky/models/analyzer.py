@@ -45,6 +45,8 @@ CORRELATION_STEPS = 21
 BEYOND_SIGMA = 3.0
 """How far out of the range an estimate must lie to be flagged, σ: at the very edge every
 other pattern would be, otherwise."""
+REFINED = 1.4
+"""So much farther than the shipped network's range are refined estimates right as well."""
 UNSURE = 0.2
 """σ, as a part of the range, from which a network alone has not found anything."""
 
@@ -212,7 +214,8 @@ class Analyzer:
         Estimates
             n points. Flags: MISFIT where a pixel is negative or not finite (no values), else
             as of `refine`; FEW_COUNTS below `MIN_COUNTS` counts; OUT_OF_RANGE where an
-            estimate lies 3 σ out of the network's or the library's range. Without refinement
+            estimate lies 3 σ out of the network's or the library's range, or refined out of
+            1.4 times that of the shipped network. Without refinement
             σ is the network's own, or its error at these counts as measured on patterns that
             it was not trained on, and NOT_CONVERGED where that is a fifth of the range; the
             correlation fit has none.
@@ -269,7 +272,8 @@ class Analyzer:
 
     def _outside(self, estimates: Estimates) -> NDArray[np.bool_]:
         if self._reduced is not None:
-            return self._outside_envelope(estimates, self._reduced)
+            reach = np.array(LIMITS) * (REFINED if self.fit else 1)
+            return self._outside_envelope(estimates, self._reduced, reach)
         outside = np.zeros(len(estimates), dtype=bool)
         for name, limit in self.ranges.items():
             middle = 0.0
@@ -282,7 +286,9 @@ class Analyzer:
         return outside
 
     @staticmethod
-    def _outside_envelope(estimates: Estimates, reduced: Reduced) -> NDArray[np.bool_]:
+    def _outside_envelope(
+        estimates: Estimates, reduced: Reduced, reach: NDArray[np.float64]
+    ) -> NDArray[np.bool_]:
         values = [np.nan_to_num(getattr(estimates, name)) for name in RANGES]
         sigma = [np.nan_to_num(getattr(estimates, f"{name}_sigma")) for name in RANGES]
         nominal = reduced.labels(*values)
@@ -292,7 +298,7 @@ class Analyzer:
                 v + s if i == k else v for i, (v, s) in enumerate(zip(values, sigma, strict=True))
             ]
             variance += np.square(reduced.labels(*moved) - nominal)
-        beyond = np.abs(nominal) > np.array(LIMITS) + BEYOND_SIGMA * np.sqrt(variance)
+        beyond = np.abs(nominal) > reach + BEYOND_SIGMA * np.sqrt(variance)
         return np.asarray(beyond.any(axis=1))
 
     @staticmethod

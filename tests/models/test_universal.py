@@ -236,14 +236,15 @@ def test_drawn_geometries_lie_inside():
         check_envelope(geometry, reduce_geometry(geometry))
 
 
-def test_values_beyond_the_ranges_are_flagged(tmp_path):
-    analyzer = Analyzer.for_geometry(PUBLISHED, store=ModelStore(tmp_path))
+@pytest.mark.parametrize(("method", "beyond"), [("network", 1.15), ("refine", 1.55)])
+def test_values_beyond_the_ranges_are_flagged(method, beyond, tmp_path):
+    analyzer = Analyzer.for_geometry(PUBLISHED, method=method, store=ModelStore(tmp_path))
     limits = [analyzer.ranges[name] for name in NAMES]
-    truth = np.diag(1.15 * np.array(limits))
+    truth = np.diag(beyond * np.array(limits))
     patterns = forward(*truth.T, PUBLISHED)
     counts = np.round(patterns * (2e4 / patterns.sum((1, 2)))[:, None, None])
     assert (analyzer.process(counts).flags & Flag.OUT_OF_RANGE > 0).all()
-    truth *= 0.8 / 1.15
+    truth *= 0.7
     patterns = forward(*truth.T, PUBLISHED)
     counts = np.random.default_rng(0).poisson(
         patterns * (2e4 / patterns.sum((1, 2)))[:, None, None]
