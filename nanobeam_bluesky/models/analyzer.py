@@ -46,7 +46,8 @@ BEYOND_SIGMA = 3.0
 """How far out of the range an estimate must lie to be flagged, σ: at the very edge every
 other pattern would be, otherwise."""
 REFINED = 1.4
-"""So much farther than the shipped network's range are refined estimates right as well."""
+"""So much farther than the shipped network's range are refined estimates right as well, but for
+perfectly sharp pupils, with which a fit may end beside the highest maximum."""
 UNSURE = 0.2
 """σ, as a part of the range, from which a network alone has not found anything."""
 
@@ -214,8 +215,9 @@ class Analyzer:
         Estimates
             n points. Flags: MISFIT where a pixel is negative or not finite (no values), else
             as of `refine`; FEW_COUNTS below `MIN_COUNTS` counts; OUT_OF_RANGE where an
-            estimate lies 3 σ out of the network's or the library's range, or refined out of
-            1.4 times that of the shipped network. Without refinement
+            estimate lies 3 σ out of the network's or the library's range, or, where
+            the pupil is blurred, refined values out of 1.4 times that of the shipped network.
+            Without refinement
             σ is the network's own, or its error at these counts as measured on patterns that
             it was not trained on, and NOT_CONVERGED where that is a fifth of the range; the
             correlation fit has none.
@@ -272,7 +274,8 @@ class Analyzer:
 
     def _outside(self, estimates: Estimates) -> NDArray[np.bool_]:
         if self._reduced is not None:
-            reach = np.array(LIMITS) * (REFINED if self.fit else 1)
+            trusted = self.fit and self.geometry.pupil_blur_px
+            reach = np.array(LIMITS) * (REFINED if trusted else 1)
             return self._outside_envelope(estimates, self._reduced, reach)
         outside = np.zeros(len(estimates), dtype=bool)
         for name, limit in self.ranges.items():

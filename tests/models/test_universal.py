@@ -238,14 +238,15 @@ def test_drawn_geometries_lie_inside():
 
 @pytest.mark.parametrize(("method", "beyond"), [("network", 1.15), ("refine", 1.55)])
 def test_values_beyond_the_ranges_are_flagged(method, beyond, tmp_path):
-    analyzer = Analyzer.for_geometry(PUBLISHED, method=method, store=ModelStore(tmp_path))
+    blurred = PUBLISHED.model_copy(update={"pupil_blur_px": 0.4})
+    analyzer = Analyzer.for_geometry(blurred, method=method, store=ModelStore(tmp_path))
     limits = [analyzer.ranges[name] for name in NAMES]
     truth = np.diag(beyond * np.array(limits))
-    patterns = forward(*truth.T, PUBLISHED)
+    patterns = forward(*truth.T, blurred)
     counts = np.round(patterns * (2e4 / patterns.sum((1, 2)))[:, None, None])
     assert (analyzer.process(counts).flags & Flag.OUT_OF_RANGE > 0).all()
     truth *= 0.7
-    patterns = forward(*truth.T, PUBLISHED)
+    patterns = forward(*truth.T, blurred)
     counts = np.random.default_rng(0).poisson(
         patterns * (2e4 / patterns.sum((1, 2)))[:, None, None]
     )
