@@ -36,7 +36,9 @@ from nanobeam_bluesky.models import (
     correlation_fit,
     refine,
 )
+from nanobeam_bluesky.models.analyzer import REFINED
 from nanobeam_bluesky.models.correlation import PARAMETERS, RANGES
+from nanobeam_bluesky.models.reduced import envelope_ranges, reduce_geometry
 from nanobeam_bluesky.physics import Sampling, cramer_rao, forward
 from nanobeam_bluesky.physics.published import LIBRARY_STEPS
 from nanobeam_bluesky.sim import phantom
@@ -351,9 +353,9 @@ class Light:
 
     def beyond(self, parameter: int) -> Patterns:
         truth = self.truth.copy()
-        half = list(RANGES.values())[parameter]
+        half = REFINED * envelope_ranges(reduce_geometry(BLURRED))[PARAMETERS[parameter]]
         truth[:, parameter] = (
-            half * np.sign(truth[:, parameter]) * self.rng.uniform(1.1, 1.6, FAULTY)
+            half * np.sign(truth[:, parameter]) * self.rng.uniform(1.1, 1.2, FAULTY)
         )
         return self.patterns(truth)
 
@@ -378,9 +380,9 @@ FAULTS: dict[str, Callable[[Light], Patterns]] = {
     "transposed": lambda light: light.patterns().transpose(0, 2, 1),
     "unbinned": lambda light: light.frames()[:, 32:96, 32:96],
     "a hot pixel of 1000": Light.hot,
-    "ε 1.1 to 1.6 × out of range": lambda light: light.beyond(0),
-    "ω 1.1 to 1.6 × out of range": lambda light: light.beyond(1),
-    "χ 1.1 to 1.6 × out of range": lambda light: light.beyond(2),
+    "ε 1.1 to 1.2 × out of range": lambda light: light.beyond(0),
+    "ω 1.1 to 1.2 × out of range": lambda light: light.beyond(1),
+    "χ 1.1 to 1.2 × out of range": lambda light: light.beyond(2),
     "two domains, Δω = 0.02°": lambda light: light.domains(1, 0.02)[1],
     "two domains, Δω = 0.03°": lambda light: light.domains(1, 0.03)[1],
     "thickness × 0.8": lambda light: light.patterns(thickness_nm=0.8 * SHARP.thickness_nm),
