@@ -16,6 +16,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from nanobeam_bluesky.geometry import ROI
@@ -155,8 +158,8 @@ def _decompressed(chunks: list[tuple[int, bytes]], layout: ChunkLayout, roi: ROI
         raw = np.frombuffer(content, np.uint8)
         if filters == [_BITSHUFFLE]:
             block = int.from_bytes(content[8:_HEADER], "big")
-            if len(scratch) != block and 0 < block <= _LARGEST_BLOCK:
-                scratch = np.empty(block, np.uint8)
+            if len(scratch) != block + 8 and 0 < block <= _LARGEST_BLOCK:
+                scratch = np.empty(block + 8, np.uint8)
             target = region.view(np.uint8).reshape(roi.height, roi.width, size)
             place = (rows * columns, size, columns, roi.row, roi.col)
             if not _unpack(raw, *place, scratch, target):
@@ -195,15 +198,16 @@ def _unpack(
 ) -> bool:
     """Decompress the blocks that hold pixels of a region, and put these in their places.
 
-    `out` is (height, width, size). False if what is there is no such chunk.
+    `out` is (height, width, size), `block` memory for one and eight bytes more. False if what
+    is there is no such chunk.
     """
     height, width = out.shape[:2]
-    per_block = len(block) // size
-    if len(raw) < _HEADER or per_block == 0 or per_block % 8 or len(block) % size:
+    per_block = (len(block) - 8) // size
+    if len(raw) < _HEADER or per_block <= 0 or per_block % 8 or (len(block) - 8) % size:
         return False
     at = np.int64(_HEADER)
     first = 0
-    eights = np.empty((width // 8 + 2, 8, size), np.uint8)
+    eights = np.empty((size, width // 8 + 2), np.uint64)
     top = row * columns + column
     bottom = (row + height - 1) * columns + column + width
     while first < bottom:
@@ -230,7 +234,7 @@ def _unpack(
         if at + packed > len(raw):
             return False
         if first + count > top:
-            if not _lz4(raw[at : at + packed], block[: count * size]):
+            if not _lz4(raw[at : at + packed], block, count * size):
                 return False
             planes = block[: count * size].reshape(size, 8, count // 8)
             begin = max(row, first // columns)
@@ -248,40 +252,66 @@ def _unpack(
 
 
 @kernel
-def _unshuffle(planes: Bytes, low: int, high: int, eights: Bytes, line: Bytes) -> None:
+def _unshuffle(planes: Bytes, low: int, high: int, eights: NDArray[np.uint64], line: Bytes) -> None:
     """Undo the bit shuffle of the elements low ≤ i < high of a block.
 
     `planes` is (size, 8, count / 8): of each byte of the elements each bit, eight elements in a
-    byte. `eights`, (…, 8, size), is memory for as many; `line` is (high − low, size).
+    byte. `eights`, (size, …), is memory for as many; `line` is (high − low, size).
     """
     first, groups = low // 8, (high + 7) // 8 - low // 8
-    done = eights[:groups]
-    done[:] = 0
+    begin, n = low - 8 * first, high - low
     for k in range(len(planes)):
-        bits = planes[k][:, first : first + groups]
+        bits, words = planes[k][:, first : first + groups], eights[k]
+        b0, b1, b2, b3 = bits[0], bits[1], bits[2], bits[3]
+        b4, b5, b6, b7 = bits[4], bits[5], bits[6], bits[7]
         for group in range(groups):
             # eight bytes, of which the bits m belong to element m: an 8×8 transposition
-            x = np.uint64(0)
-            for bit in range(8):
-                x |= np.uint64(bits[bit, group]) << np.uint64(8 * bit)
-            if x == 0:
-                continue
+            x = np.uint64(b0[group]) | np.uint64(b1[group]) << np.uint64(8)
+            x |= np.uint64(b2[group]) << np.uint64(16) | np.uint64(b3[group]) << np.uint64(24)
+            x |= np.uint64(b4[group]) << np.uint64(32) | np.uint64(b5[group]) << np.uint64(40)
+            x |= np.uint64(b6[group]) << np.uint64(48) | np.uint64(b7[group]) << np.uint64(56)
             t = (x ^ (x >> np.uint64(7))) & np.uint64(0x00AA00AA00AA00AA)
             x = x ^ t ^ (t << np.uint64(7))
             t = (x ^ (x >> np.uint64(14))) & np.uint64(0x0000CCCC0000CCCC)
             x = x ^ t ^ (t << np.uint64(14))
             t = (x ^ (x >> np.uint64(28))) & np.uint64(0x00000000F0F0F0F0)
-            x = x ^ t ^ (t << np.uint64(28))
-            for m in range(8):
-                done[group, m, k] = (x >> np.uint64(8 * m)) & np.uint64(255)
-    line[:] = done.reshape(8 * groups, len(planes))[low - 8 * first : high - 8 * first]
+            words[group] = x ^ t ^ (t << np.uint64(28))
+        done = words.view(np.uint8)[begin : begin + n]
+        for i in range(n):
+            line[i, k] = done[i]
+
+
+@intrinsic
+def _load8(typing: Any, address: Any) -> Any:
+    """Eight bytes at an address as one number."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        here = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.load(here, align=1)
+
+    return types.uint64(types.intp), generate
+
+
+@intrinsic
+def _store8(typing: Any, address: Any, value: Any) -> Any:
+    """Put what `_load8` has given at another address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        there = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        builder.store(arguments[1], there, align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.uint64), generate
 
 
 @kernel
-def _lz4(source: Bytes, target: Bytes) -> bool:
-    """Decompress one LZ4 block that makes exactly `target`; False if it does not."""
-    i, j = np.int64(0), np.int64(0)
-    n, m = len(source), len(target)
+def _lz4(source: Bytes, target: Bytes, m: int) -> bool:
+    """Decompress one LZ4 block that makes exactly m bytes; False if it does not.
+
+    `target` has eight bytes more, of which nothing is said afterwards.
+    """
+    i, j, n = np.int64(0), np.int64(0), len(source)
+    here, there = source.ctypes.data, target.ctypes.data
     while i < n:
         token = source[i]
         i += 1
@@ -297,9 +327,12 @@ def _lz4(source: Bytes, target: Bytes) -> bool:
                     break
         if i + length > n or j + length > m:
             return False
-        here, there = source[i : i + length], target[j : j + length]
-        for k in range(length):
-            there[k] = here[k]
+        if i + length + 8 <= n:
+            for k in range(0, length, 8):  # what is written beyond is written again
+                _store8(there + j + k, _load8(here + i + k))
+        else:
+            for k in range(length):
+                target[j + k] = source[i + k]
         i += length
         j += length
         if i == n:
@@ -321,15 +354,16 @@ def _lz4(source: Bytes, target: Bytes) -> bool:
         length += 4
         if offset == 0 or offset > j or j + length > m:
             return False
-        if offset == 1:
-            there = target[j : j + length]
-            value = target[j - 1]
-            for k in range(length):
-                there[k] = value
-        elif offset >= length:
-            here, there = target[j - offset : j - offset + length], target[j : j + length]
-            for k in range(length):
-                there[k] = here[k]
+        if offset >= 8:
+            for k in range(0, length, 8):
+                _store8(there + j + k, _load8(there + j - offset + k))
+        elif length > 16:
+            # a short pattern again and again: as often as it goes into eight bytes, then these
+            for k in range(8):
+                target[j + k] = target[j - offset + k]
+            eight = _load8(there + j)
+            for k in range(0, length, 8 - 8 % offset):
+                _store8(there + j + k, eight)
         else:
             for k in range(length):
                 target[j + k] = target[j - offset + k]

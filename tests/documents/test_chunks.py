@@ -7,7 +7,7 @@ import hdf5plugin
 import numpy as np
 import pytest
 
-from nanobeam_bluesky.documents.chunks import chunk_layout, read_region
+from nanobeam_bluesky.documents.chunks import _lz4, chunk_layout, read_region
 from nanobeam_bluesky.geometry import ROI
 
 FILTERS = {
@@ -148,3 +148,21 @@ def test_damaged_chunks_never_read_beyond_themselves(tmp_path):
         except OSError:
             errors += 1
     assert errors > 20
+
+
+def test_damaged_blocks_never_write_beyond_their_memory(tmp_path):
+    path = write(tmp_path / "scan.h5", frames("u2"), **FILTERS["bitshuffle"])
+    with h5py.File(path) as file:
+        _, chunk = file["frames"].id.read_direct_chunk((1, 0, 0))
+    size = int.from_bytes(chunk[8:12], "big")
+    source = np.frombuffer(chunk, np.uint8)[16 : 16 + int.from_bytes(chunk[12:16], "big")]
+    memory = np.full(size + 8 + 64, 0xA5, np.uint8)
+    assert _lz4(source, memory[: size + 8], size)
+    rng, good = np.random.default_rng(4), 0
+    for _ in range(3000):
+        damaged = source.copy()
+        where = rng.integers(len(source), size=rng.integers(1, 6))
+        damaged[where] = rng.choice([0, 1, 15, 240, 255, *rng.integers(256, size=5)], len(where))
+        good += _lz4(damaged[: rng.integers(1, len(source) + 1)], memory[: size + 8], size)
+    assert good < 3000
+    assert (memory[size + 8 :] == 0xA5).all()
