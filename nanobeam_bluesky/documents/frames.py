@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import h5py
@@ -24,7 +25,8 @@ from nanobeam_bluesky.documents.formats import (
     read_tiff,
 )
 from nanobeam_bluesky.documents.references import PointBlock, StoredRows
-from nanobeam_bluesky.geometry import Geometry, GeometryError
+from nanobeam_bluesky.documents.roots import Roots
+from nanobeam_bluesky.geometry import ROI, Geometry, GeometryError
 
 if TYPE_CHECKING:
     from nanobeam_bluesky.documents.chunks import ChunkLayout
@@ -62,14 +64,24 @@ class FrameReader:
     Parameters
     ----------
     geometry
-        Its ROI, binning, orientation, mask and saturation value apply.
+        For patterns: its ROI, binning, orientation, mask and saturation value apply.
+    roots
+        Files elsewhere are refused, by whatever link they are named, as are handlers.
     """
 
-    def __init__(self, geometry: Geometry) -> None:
-        self.geometry = geometry
+    def __init__(self, geometry: Geometry | None, roots: Roots | None = None) -> None:
+        self._geometry = geometry
+        self._roots = roots
         self._files: OrderedDict[str, _File] = OrderedDict()
         self._handlers = HandlerReader()
         self._lock = threading.Lock()
+
+    @property
+    def geometry(self) -> Geometry:
+        """Of the patterns."""
+        if self._geometry is None:
+            raise ValueError("frames without a geometry make no patterns")
+        return self._geometry
 
     def close(self) -> None:
         """Close every file."""
@@ -97,7 +109,7 @@ class FrameReader:
             return self._in_parts(block, k)
         n = block.count
         with self._lock:
-            frames, status, reason = self._rows(block, frames=True)
+            frames, status, reason = self._rows(block, self.geometry.roi)
         patterns = np.zeros((n, *self.geometry.pattern_shape), dtype=np.float32)
         saturated = np.zeros(n, dtype=bool)
         ok = status == ReadStatus.OK
@@ -115,7 +127,7 @@ class FrameReader:
     def scalars(self, block: PointBlock) -> tuple[NDArray[np.float64], NDArray[np.int8], str]:
         """Read one number a point: values (n,), NaN where not read, status (n,), reason."""
         with self._lock:
-            values, status, reason = self._rows(block, frames=False)
+            values, status, reason = self._rows(block, None)
         numbers = np.full(block.count, np.nan)
         ok = status == ReadStatus.OK
         if values is not None and ok.any():
@@ -123,6 +135,31 @@ class FrameReader:
         if block.stored is not None:
             numbers *= block.stored.scale
         return numbers, status, reason
+
+    def frames(
+        self, block: PointBlock, roi: ROI
+    ) -> tuple[NDArray[Any] | None, NDArray[np.int8], str]:
+        """Read frames as they are, (n, rows, columns) of a region; summed where a point has several.
+
+        None where no point could be read; status (n,) and reason as of `patterns`.
+        """
+        with self._lock:
+            frames, status, reason = self._rows(block, roi)
+        if frames is not None and frames.ndim == 4:
+            frames = frames.sum(axis=1)
+        return frames, status, reason
+
+    def shape(self, path: str, dataset: str) -> tuple[int, ...]:
+        """Return the shape of a dataset.
+
+        Raises
+        ------
+        NeverError, NotYetError
+            If it cannot be read, now or at all.
+        """
+        with self._lock:
+            shape: tuple[int, ...] = self._dataset(StoredRows(path, dataset, 0)).shape
+            return shape
 
     # ------------------------------------------------------------------ internals
 
@@ -150,9 +187,12 @@ class FrameReader:
         return pattern, hot, status, ""
 
     def _rows(
-        self, block: PointBlock, *, frames: bool
+        self, block: PointBlock, roi: ROI | None
     ) -> tuple[NDArray[Any] | None, NDArray[np.int8], str]:
-        """Read what can be read of a block; a bad row costs its own point only."""
+        """Read what can be read of a block: frames cut to the ROI, or numbers without one.
+
+        A bad row costs its own point only.
+        """
         status = np.zeros(block.count, dtype=np.int8)
         if block.values is not None:
             return block.values, status, ""
@@ -162,13 +202,13 @@ class FrameReader:
         stored = block.stored
         reason = ""
         if stored.rows_per_file or stored.handler:
-            return self._elsewhere(block, status, frames=frames)
-        read = self._frame_rows if frames else self._scalar_rows
+            return self._elsewhere(block, status, roi)
+        read = self._read_of(roi)
         try:
             dataset = self._dataset(stored)
             length = dataset.shape[0] if dataset.ndim < 4 else dataset.shape[0] * dataset.shape[1]
             stored = _shared(stored, length)
-            if frames and stored.rows_per_point * block.count > MAX_FRAMES:
+            if roi and stored.rows_per_point * block.count > MAX_FRAMES:
                 raise NeverError(f"{stored.rows_per_point} frames for each point are too many")
             block = replace(block, stored=stored)
             available = max(0, length - stored.row) // stored.rows_per_point
@@ -226,7 +266,7 @@ class FrameReader:
         return _padded(rows, block.count), status, reason
 
     def _elsewhere(
-        self, block: PointBlock, status: NDArray[np.int8], *, frames: bool
+        self, block: PointBlock, status: NDArray[np.int8], roi: ROI | None
     ) -> tuple[NDArray[Any] | None, NDArray[np.int8], str]:
         """Read from a sequence of files, or by a handler: point by point."""
         assert block.stored is not None
@@ -236,8 +276,8 @@ class FrameReader:
             stored = block.part(block.first + i, block.first + i + 1).stored
             assert stored is not None
             try:
-                rows = (self._handled if stored.handler else self._numbered)(stored, frames)
-                values[i] = rows if frames else rows.mean()
+                rows = (self._handled if stored.handler else self._numbered)(stored, roi)
+                values[i] = rows if roi else rows.mean()
             except NotYetError as error:
                 status[i], reason = ReadStatus.RETRY, str(error)
             except (NeverError, GeometryError) as error:
@@ -251,7 +291,7 @@ class FrameReader:
         blank = np.zeros_like(good[0])
         return np.stack([blank if v is None else v for v in values]), status, reason
 
-    def _numbered(self, stored: StoredRows, frames: bool) -> NDArray[Any]:
+    def _numbered(self, stored: StoredRows, roi: ROI | None) -> NDArray[Any]:
         """Read the rows of one point from the files of a sequence."""
         rows = []
         for row in range(stored.row, stored.row + stored.rows_per_point):
@@ -262,19 +302,21 @@ class FrameReader:
                 dataset = self._dataset(one)
                 if page >= dataset.shape[0]:
                     raise NotYetError(f"{path}:{stored.dataset} has no row {page}")
-                read = self._frame_rows if frames else self._scalar_rows
-                rows.append(read(dataset, one, 1)[0])
+                rows.append(self._read_of(roi)(dataset, one, 1)[0])
             else:
-                image = read_tiff(path, page)
+                image = read_tiff(self._roots.resolve(path) if self._roots else path, page)
                 if image.ndim != 2 or image.dtype.kind not in "uifb":
                     raise NeverError(f"expected a grey image, found {image.shape} {image.dtype}")
-                self.geometry.roi.check_inside(image.shape)
-                rows.append(image[self.geometry.roi.slices])
+                assert roi is not None
+                roi.check_inside(image.shape)
+                rows.append(image[roi.slices])
         return np.stack(rows)
 
-    def _handled(self, stored: StoredRows, frames: bool) -> NDArray[Any]:
+    def _handled(self, stored: StoredRows, roi: ROI | None) -> NDArray[Any]:
         """Return the rows of one point of what a handler reads."""
-        values = self._handlers.read(stored, self.geometry.roi if frames else None)
+        if self._roots:
+            raise NeverError("only a handler can read it, which may read any file")
+        values = self._handlers.read(stored, roi)
         stored = _shared(stored, len(values))
         rows = values[stored.row : stored.row + stored.rows_per_point]
         if len(rows) < stored.rows_per_point:
@@ -303,6 +345,8 @@ class FrameReader:
         # one handle each: to refresh one of two makes HDF5 2.0 lose chunks, silently
         dataset = datasets.get(stored.dataset)
         if dataset is None:
+            if self._roots:
+                self._roots.check(file, stored.dataset)
             dataset = datasets[stored.dataset] = file.get(stored.dataset)
         if dataset is None:
             self._forget(stored.path)
@@ -319,11 +363,12 @@ class FrameReader:
             self._files.move_to_end(path)
             return self._files[path]
         check_regular(path)
+        real = self._roots.resolve(path) if self._roots else path
         try:
-            file = h5py.File(path, "r", libver="latest", swmr=True)
+            file = h5py.File(real, "r", libver="latest", swmr=True)
         except (OSError, ValueError):
             try:
-                file = h5py.File(path, "r")
+                file = h5py.File(real, "r")
             except OSError as error:
                 raise NotYetError(f"{path}: {error}") from error
         self._files[path] = _File(file)
@@ -340,15 +385,17 @@ class FrameReader:
         for path in list(self._files):
             self._forget(path)
 
-    def _frame_rows(self, dataset: Any, stored: StoredRows, n: int) -> NDArray[Any]:
+    def _read_of(self, roi: ROI | None) -> Callable[..., NDArray[Any]]:
+        return self._scalar_rows if roi is None else partial(self._frame_rows, roi=roi)
+
+    def _frame_rows(self, dataset: Any, stored: StoredRows, n: int, roi: ROI) -> NDArray[Any]:
         if dataset.ndim not in (3, 4):
             raise NeverError(f"expected frames (n, rows, columns), found shape {dataset.shape}")
-        roi = self.geometry.roi
         rows, cols = (slice(None), slice(None)) if stored.cut else roi.slices
         if not stored.cut:
             roi.check_inside(dataset.shape[-2:])
         k = stored.rows_per_point
-        frames = None if stored.cut else self._direct(dataset, stored, n * k)
+        frames = None if stored.cut else self._direct(dataset, stored, n * k, roi)
         if frames is None:
             frames = _consecutive(dataset, stored.row, n * k, rows, cols)
         return frames if k == 1 else frames.reshape(n, k, *frames.shape[1:])
@@ -362,7 +409,7 @@ class FrameReader:
         finally:
             self._lock.acquire()
 
-    def _direct(self, dataset: Any, stored: StoredRows, n: int) -> NDArray[Any] | None:
+    def _direct(self, dataset: Any, stored: StoredRows, n: int, roi: ROI) -> NDArray[Any] | None:
         """Read frames from their chunks; None where the library must, or must say what is wrong."""
         from nanobeam_bluesky.documents.chunks import chunk_layout, read_region
 
@@ -374,7 +421,6 @@ class FrameReader:
         layout = opened.layouts[stored.dataset]
         if layout is None:
             return None
-        roi = self.geometry.roi
         try:
             descriptor = opened.hdf5.id.get_vfd_handle()
             return read_region(dataset, layout, descriptor, stored.row, n, roi, self._unlocked())

@@ -13,7 +13,7 @@ from nanobeam_bluesky.documents.scan_grid import ScanGrid
 from nanobeam_bluesky.models import Estimates, Flag
 from nanobeam_bluesky.presets import ScanMetadata
 
-__all__ = ["to_maps"]
+__all__ = ["axes", "derived_scan", "to_maps"]
 
 Columns = dict[str, NDArray[Any]]
 
@@ -50,7 +50,7 @@ def to_maps(run: Any) -> xr.Dataset:
         )
     if "shape" not in start:
         raise ValueError(f"run {uid} failed before its first point: see its stop document")
-    grid = ScanGrid(_scan(start))
+    grid = ScanGrid(derived_scan(start))
     row, col = (np.asarray(columns.get(k, []), dtype=np.int64) for k in ("row", "col"))
     on_grid = row >= 0
     maps = xr.Dataset(attrs={"original_run_uid": start["original_run_uid"], "uid": start["uid"]})
@@ -70,12 +70,30 @@ def to_maps(run: Any) -> xr.Dataset:
     for name in Estimates.UNITS:
         if name not in Estimates.DIAGNOSTICS:
             maps[name] = maps[name].where(~hide)
-    for motor, dim, nominal in zip(grid.scan.motors, ("row", "col"), grid.axes(), strict=True):
-        measured = maps[f"{motor}_measured"].to_numpy()
-        axis = _median(measured, axis=1 if dim == "row" else 0)
-        axis = np.where(np.isfinite(axis), axis, nominal)
+    measured = tuple(maps[f"{motor}_measured"].to_numpy() for motor in grid.scan.motors)
+    for motor, dim, axis in zip(
+        grid.scan.motors, ("row", "col"), axes(grid, measured), strict=True
+    ):
         maps = maps.assign_coords({motor: (dim, axis, {"units": units.get(motor) or ""})})
     return maps
+
+
+def axes(
+    grid: ScanGrid, measured: tuple[NDArray[np.float64], ...]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return positions of rows and columns: the median of what is measured, else nominal.
+
+    `measured` are both motors' positions (rows, columns), NaN where unknown.
+    """
+    slow, fast = (
+        np.where(np.isfinite(median), median, nominal)
+        for median, nominal in zip(
+            (_median(values, axis) for values, axis in zip(measured, (1, 0), strict=True)),
+            grid.axes(),
+            strict=True,
+        )
+    )
+    return slow, fast
 
 
 def _median(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
@@ -88,7 +106,8 @@ def _median(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
     return result
 
 
-def _scan(start: Mapping[str, Any]) -> ScanMetadata:
+def derived_scan(start: Mapping[str, Any]) -> ScanMetadata:
+    """Return how the scan visited its points, from the start document of a derived run."""
     extents = start.get("extents")
     return ScanMetadata(
         shape=(int(start["shape"][0]), int(start["shape"][1])),

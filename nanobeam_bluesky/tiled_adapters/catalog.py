@@ -19,9 +19,10 @@ from tiled.client.container import Container
 from tiled.client.context import Context
 from tiled.server.app import build_app_from_config
 from tiled.server.settings import get_settings
-from tiled.structures.core import Spec
 
 __all__ = ["api_key", "build_app", "open_catalog"]
+
+_RUNS = {"name": "CatalogOfBlueskyRuns", "version": "3.0"}
 
 
 def open_catalog(folder: Path | str, *, readable_storage: Iterable[Path | str] = ()) -> Container:
@@ -39,7 +40,8 @@ def open_catalog(folder: Path | str, *, readable_storage: Iterable[Path | str] =
     -------
     client
         Client of the root, with the catalogues of runs ``client["raw"]`` and
-        ``client["derived"]``. Tiled runs inside this process; no port is opened.
+        ``client["derived"]``, and the views on them ``client["scans"]`` and
+        ``client["maps"]``. Tiled runs inside this process; no port is opened.
         ``client.context.close()`` ends it, as does the interpreter's exit.
 
     Raises
@@ -55,11 +57,7 @@ def open_catalog(folder: Path | str, *, readable_storage: Iterable[Path | str] =
     with warnings.catch_warnings():
         # Tiled talks to its own application through starlette's test client
         warnings.filterwarnings("ignore", message=".*httpx.*starlette.testclient")
-        client = from_context(Context.from_app(app))
-    for name in ("raw", "derived"):
-        if name not in client:
-            client.create_container(name, specs=[Spec("CatalogOfBlueskyRuns", version="3.0")])
-    return client
+        return from_context(Context.from_app(app))
 
 
 def api_key() -> str:
@@ -80,16 +78,24 @@ def build_app(folder: Path | str, readable_storage: Iterable[Path | str]) -> Any
         # in a thread of its own: there may be a running event loop, as in a notebook
         with ThreadPoolExecutor(1) as executor:
             executor.submit(_create, catalog).result()
-    storage = {
-        "uri": f"sqlite:///{catalog}",
-        # SQLite and not DuckDB, which is 1.2 to 1.6 times faster but belongs to one
-        # process: a scan may be looked at from a second one while it is recorded
-        "writable_storage": [str(folder / "arrays"), f"sqlite:///{folder / 'tables.db'}"],
-        "readable_storage": [str(folder / "frames"), *(str(Path(p)) for p in readable_storage)],
-    }
+    # SQLite and not DuckDB, which is 1.2 to 1.6 times faster but belongs to one
+    # process: a scan may be looked at from a second one while it is recorded
+    writable = [str(folder / "arrays"), f"sqlite:///{folder / 'tables.db'}"]
+    readable = [str(folder / "frames"), *(str(Path(p)) for p in readable_storage)]
+    runs = {"uri": f"sqlite:///{catalog}", "specs": [_RUNS]}
+    stored = runs | {"writable_storage": writable, "readable_storage": readable}
+    viewed = runs | {"readable_storage": [*readable, *writable]}
+    views = "nanobeam_bluesky.tiled_adapters.views"
+    trees = (
+        ("raw", "catalog", stored | {"mount_node": "raw"}),
+        ("derived", "catalog", stored | {"mount_node": "derived"}),
+        ("scans", f"{views}:scans", viewed | {"mount_node": "raw"}),
+        ("maps", f"{views}:maps", viewed | {"mount_node": "derived"}),
+    )
     return build_app_from_config(
         {
-            "trees": [{"path": "/", "tree": "catalog", "args": storage}],
+            "trees": [{"path": f"/{path}", "tree": tree, "args": a} for path, tree, a in trees],
+            "create_mount_nodes_if_not_exist": True,
             "authentication": {"single_user_api_key": api_key()},
             "expose_raw_assets": False,
             # what ``run.documents()`` asks for, and Tiled itself does not have

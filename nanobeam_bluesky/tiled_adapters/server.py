@@ -13,7 +13,7 @@ from typing import Any
 
 import uvicorn
 
-from nanobeam_bluesky.tiled_adapters.catalog import api_key, build_app, open_catalog
+from nanobeam_bluesky.tiled_adapters.catalog import api_key, build_app
 
 __all__ = ["serve"]
 
@@ -48,8 +48,6 @@ def serve(
     OSError
         If the port is taken.
     """
-    if not (Path(folder) / "catalog.db").exists():
-        open_catalog(folder).context.close()
     app = build_app(folder, readable_storage)
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -148,7 +148,7 @@ def test_folder_can_be_opened_again(tmp_path, derived_documents):
     for shape in ((3, 4), (2, 2)):
         documents = derived_documents(shape)
         client = open_catalog(tmp_path)
-        assert list(client) == ["raw", "derived"]
+        assert list(client) == NAMES
         assert list(client["derived"]) == uids
         write = derived_writer(client["derived"])
         for name, doc in documents:
@@ -258,7 +258,7 @@ def test_a_derived_run_that_comes_again_is_written_once(catalog, derived_documen
 def test_catalogues_of_one_process_do_not_lock_each_other_out(catalog, tmp_path):
     with serve(tmp_path) as url:
         other = from_uri(url)
-        assert list(other) == list(catalog) == ["raw", "derived"]
+        assert list(other) == list(catalog) == NAMES
         other.context.close()
 
 
