@@ -139,7 +139,7 @@ class FrameReader:
     def frames(
         self, block: PointBlock, roi: ROI
     ) -> tuple[NDArray[Any] | None, NDArray[np.int8], str]:
-        """Read frames as they are, (n, rows, columns) of a region; summed where a point has several.
+        """Read a region of frames as they are, (n, rows, columns); the sum of a point's several.
 
         None where no point could be read; status (n,) and reason as of `patterns`.
         """

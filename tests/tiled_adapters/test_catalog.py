@@ -23,6 +23,8 @@ from nanobeam_bluesky.tiled_adapters import (
     writers,
 )
 
+NAMES = ["raw", "derived", "scans", "maps"]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
