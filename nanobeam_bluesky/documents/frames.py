@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["FrameReader", "ReadStatus"]
 
 MAX_OPEN_FILES = 16
+MAX_SETTLED = 100_000
 MAX_FRAMES = 4096
 """Frames that are read at once, where a point has several."""
 
@@ -67,31 +69,44 @@ class FrameReader:
         For patterns: its ROI, binning, orientation, mask and saturation value apply.
     roots
         Files elsewhere are refused, by whatever link they are named, as are handlers.
+
+    Notes
+    -----
+    A process must not read a growing file by two readers: to refresh one of two handles of a
+    dataset makes HDF5 2.0 lose chunks of the other.
     """
 
-    def __init__(self, geometry: Geometry | None, roots: Roots | None = None) -> None:
+    def __init__(self, geometry: Geometry | None = None, roots: Roots | None = None) -> None:
         self._geometry = geometry
         self._roots = roots
+        self._settled: set[str] = set()
         self._files: OrderedDict[str, _File] = OrderedDict()
         self._handlers = HandlerReader()
         self._lock = threading.Lock()
-
-    @property
-    def geometry(self) -> Geometry:
-        """Of the patterns."""
-        if self._geometry is None:
-            raise ValueError("frames without a geometry make no patterns")
-        return self._geometry
+        # to leave it to the garbage collector fails: a file may go before its datasets
+        weakref.finalize(self, _close, self._files)
 
     def close(self) -> None:
         """Close every file."""
         with self._lock:
             self._forget_all()
 
+    def settle(self, paths: Iterable[str], closed: bool) -> None:
+        """Say whether files grow no more: then they are not refreshed with every read."""
+        with self._lock:
+            for path in paths:
+                if closed and path not in self._settled:
+                    self._forget(path)  # what was read of it may be old
+                    self._settled.add(path)
+                elif not closed:
+                    self._settled.discard(path)
+            if len(self._settled) > MAX_SETTLED:
+                self._settled.clear()
+
     def patterns(
-        self, block: PointBlock
+        self, block: PointBlock, geometry: Geometry | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.int8], str]:
-        """Read the patterns of a block.
+        """Read the patterns of a block, with the reader's geometry or another.
 
         Returns
         -------
@@ -104,20 +119,23 @@ class FrameReader:
         reason
             Why a point could not be read; "" if all were.
         """
+        geometry = geometry or self._geometry
+        if geometry is None:
+            raise ValueError("patterns need a geometry")
         k = block.stored.rows_per_point if block.stored else 1
         if k > 1 and block.count * k > MAX_FRAMES:
-            return self._in_parts(block, k)
+            return self._in_parts(block, k, geometry)
         n = block.count
         with self._lock:
-            frames, status, reason = self._rows(block, self.geometry.roi)
-        patterns = np.zeros((n, *self.geometry.pattern_shape), dtype=np.float32)
+            frames, status, reason = self._rows(block, geometry.roi)
+        patterns = np.zeros((n, *geometry.pattern_shape), dtype=np.float32)
         saturated = np.zeros(n, dtype=bool)
         ok = status == ReadStatus.OK
         if frames is not None and ok.any():
             from nanobeam_bluesky.documents.binning import bin_frames
 
             frames = frames[ok]
-            binned, hot = bin_frames(frames.reshape(-1, *frames.shape[-2:]), self.geometry)
+            binned, hot = bin_frames(frames.reshape(-1, *frames.shape[-2:]), geometry)
             if frames.ndim == 4:  # a point is the sum of its frames, saturated where one is
                 binned = binned.reshape(*frames.shape[:2], *binned.shape[1:]).sum(axis=1)
                 hot = np.asarray(hot.reshape(frames.shape[:2]).any(axis=1))
@@ -164,23 +182,25 @@ class FrameReader:
     # ------------------------------------------------------------------ internals
 
     def _in_parts(
-        self, block: PointBlock, k: int
+        self, block: PointBlock, k: int, geometry: Geometry
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.int8], str]:
         """Read patterns whose frames are too many to be held at once."""
         assert block.stored is not None
         if block.count > 1:
             step = max(1, MAX_FRAMES // k)
             edges = range(block.first, block.stop, step)
-            parts = [self.patterns(block.part(a, min(a + step, block.stop))) for a in edges]
+            parts = [
+                self.patterns(block.part(a, min(a + step, block.stop)), geometry) for a in edges
+            ]
             patterns, saturated, status = (
                 np.concatenate([part[i] for part in parts]) for i in range(3)
             )
             return patterns, saturated, status, next((part[3] for part in parts if part[3]), "")
-        pattern, hot = np.zeros((1, *self.geometry.pattern_shape), np.float32), np.zeros(1, bool)
+        pattern, hot = np.zeros((1, *geometry.pattern_shape), np.float32), np.zeros(1, bool)
         stop = block.stored.row + k
         for row in range(block.stored.row, stop, MAX_FRAMES):
             rows = replace(block.stored, row=row, rows_per_point=min(stop - row, MAX_FRAMES))
-            more, also, status, reason = self.patterns(replace(block, stored=rows))
+            more, also, status, reason = self.patterns(replace(block, stored=rows), geometry)
             if status[0] != ReadStatus.OK:
                 return np.zeros_like(pattern), np.zeros_like(hot), status, reason
             pattern, hot = pattern + more, hot | also
@@ -354,7 +374,7 @@ class FrameReader:
         if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "uifb":
             what = dataset.dtype if isinstance(dataset, h5py.Dataset) else "a group"
             raise NeverError(f"expected a dataset of numbers, found {what}")
-        if file.swmr_mode:
+        if file.swmr_mode and stored.path not in self._settled:
             dataset.refresh()
         return dataset
 
@@ -432,6 +452,11 @@ class FrameReader:
         values = dataset[stored.row : stored.row + n * stored.rows_per_point]
         mean: NDArray[Any] = np.asarray(values, dtype=float).reshape(n, -1).mean(axis=1)
         return mean
+
+
+def _close(files: OrderedDict[str, _File]) -> None:
+    while files:
+        files.popitem()[1].hdf5.close()
 
 
 def _shared(stored: StoredRows, length: int) -> StoredRows:

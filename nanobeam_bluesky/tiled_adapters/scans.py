@@ -23,7 +23,6 @@ from nanobeam_bluesky.documents.formats import NeverError, NotYetError
 from nanobeam_bluesky.documents.frames import ReadStatus
 from nanobeam_bluesky.documents.maps import axes
 from nanobeam_bluesky.documents.resources import Resource, count_of
-from nanobeam_bluesky.documents.roots import Roots
 from nanobeam_bluesky.geometry import ROI, Geometry, GeometryError
 from nanobeam_bluesky.presets import Preset
 
@@ -132,10 +131,10 @@ class Scan:
         Where its metadata are.
     items
         Of `recorded`.
-    roots
-        Where files may lie.
+    reader
+        Reads the files.
     earlier
-        The same scan, when less had come: what was read is not read again.
+        The same scan, when less had come: its patterns are not read again.
 
     Raises
     ------
@@ -149,7 +148,7 @@ class Scan:
         stop: Mapping[str, Any] | None,
         preset: Preset,
         items: Sequence[tuple[str, Any]],
-        roots: Roots,
+        reader: FrameReader,
         *,
         root_map: Mapping[str, str] | None = None,
         earlier: Scan | None = None,
@@ -171,7 +170,7 @@ class Scan:
         self._block_of = np.full(self.grid.num_points + 1, -1)
         self._positions = {motor: list[PointBlock]() for motor in motors}
         self._frames: Recorded | None = None
-        self._plain: FrameReader = earlier._plain if earlier else FrameReader(None, roots)
+        self._reader = reader
         self._take(items, stop)
         if self._frames is None:
             raise UnreadableError("no frames" + ("" if self.closed else " yet"))
@@ -194,9 +193,6 @@ class Scan:
         except (GeometryError, ValueError) as error:
             self.geometry, self.problem = None, str(error)
         same = earlier is not None and earlier.geometry == self.geometry
-        self._binned: FrameReader = (
-            earlier._binned if same and earlier else FrameReader(self.geometry, roots)
-        )
         self._sums: _Sums = earlier._sums if same and earlier else _Sums()
         slow, fast = self.grid.row_col(np.arange(1, self.grid.num_points + 1))
         self._point: NDArray[np.int64] = np.empty(self.grid.scan.shape, np.int64)
@@ -217,7 +213,7 @@ class Scan:
         out = np.full(shape, blank, self.dtype)
         flat = out.reshape(-1, *shape[2:])
         for where, block in self._stretches(rows, cols):
-            frames, status, reason = self._plain.frames(self._filled(block, roi), roi)
+            frames, status, reason = self._reader.frames(self._filled(block, roi), roi)
             ok = self._ok(status, reason)
             if frames is not None and ok.any():
                 if not np.can_cast(frames.dtype, self.dtype, "safe"):
@@ -229,12 +225,13 @@ class Scan:
 
     def patterns(self, rows: NDArray[Any], cols: NDArray[Any]) -> NDArray[np.float32]:
         """Read patterns (rows, columns, ny, nx), counts; NaN where there is none."""
-        geometry = self._binned.geometry
+        geometry = self.geometry
+        assert geometry is not None
         out = np.full((len(rows), len(cols), *geometry.pattern_shape), np.nan, np.float32)
         flat = out.reshape(-1, *geometry.pattern_shape)
         for where, block in self._stretches(rows, cols):
             filled = self._filled(block, geometry.roi)
-            patterns, _, status, reason = self._binned.patterns(filled)
+            patterns, _, status, reason = self._reader.patterns(filled, geometry)
             ok = self._ok(status, reason)
             flat[where[ok]] = patterns[ok]
         return out
@@ -244,14 +241,15 @@ class Scan:
 
         NaN where no pattern can be read, yet or at all.
         """
-        geometry = self._binned.geometry
+        geometry = self.geometry
+        assert geometry is not None
         sums = self._sums
         with sums.lock:
             sums.begin(self.grid.num_points, geometry.pattern_shape, self._sources())
             rows, cols = (np.arange(n) for n in self.grid.scan.shape)
             for _, block in self._stretches(rows, cols, sums.done):
                 filled = self._filled(block, geometry.roi)
-                patterns, _, status, _ = self._binned.patterns(filled)
+                patterns, _, status, _ = self._reader.patterns(filled, geometry)
                 ok = status == ReadStatus.OK
                 sums.add(np.arange(block.first, block.stop)[ok], patterns[ok])
             return sums.intensity[self._point], sums.mean
@@ -262,7 +260,7 @@ class Scan:
         for motor, blocks in self._positions.items():
             values = np.full(self.grid.num_points + 1, np.nan)
             for block in blocks:
-                numbers, _, reason = self._plain.scalars(block)
+                numbers, _, reason = self._reader.scalars(block)
                 if reason:
                     self._noted(f"{motor}: {reason}")
                 stop = min(block.stop, len(values))
@@ -470,7 +468,7 @@ class Scan:
         """How many events a file holds: Tiled tells only of all files together."""
         rows = Resource.parse(resource, {}).rows
         try:
-            shape = self._plain.shape(rows.path, rows.dataset)
+            shape = self._reader.shape(rows.path, rows.dataset)
         except (NeverError, NotYetError) as error:
             raise UnreadableError(f"{rows.path}: {error}") from None
         if self._is_frames(array):
@@ -517,9 +515,10 @@ class Scan:
                 raise UnreadableError(block.problem)
             if block.stored and block.stored.path and not block.stored.rows_per_file:
                 seen[block.stored.path, block.stored.dataset] = None
+        self._reader.settle((path for path, _ in seen), self.closed)
         for path, dataset in seen:
             try:
-                shape = self._plain.shape(path, dataset)
+                shape = self._reader.shape(path, dataset)
             except NotYetError as error:
                 if not self.closed:
                     continue

@@ -31,6 +31,7 @@ from tiled.structures.container import ContainerStructure
 from tiled.structures.core import Spec, StructureFamily
 from tiled.utils import UnsupportedQueryType
 
+from nanobeam_bluesky.documents import FrameReader
 from nanobeam_bluesky.documents.maps import derived_scan, to_maps
 from nanobeam_bluesky.documents.roots import Roots
 from nanobeam_bluesky.geometry import ROI, GeometryError
@@ -106,7 +107,8 @@ def scans(
     """
     found = from_uri(uri, readable_storage=list(readable_storage), specs=list(specs))
     folders = [s.path for s in found.context.readable_storage.values() if type(s) is FileStorage]
-    settings = _Settings(Preset.choices(preset), Roots(folders), root_map)
+    reader = FrameReader(roots=Roots(folders))
+    settings = _Settings(Preset.choices(preset), reader, root_map)
     return _Scans(found.context, found.node, settings=settings, mount_path=_segments(mount_node))
 
 
@@ -473,7 +475,7 @@ async def _put_on_grid(run: Any, start: Mapping[str, Any], wanted: set[str] | No
 @dataclass(frozen=True)
 class _Settings:
     presets: tuple[Preset, ...]
-    roots: Roots
+    reader: FrameReader
     root_map: Mapping[str, str] | None
 
 
@@ -597,7 +599,7 @@ class _Scans(_View):
                 metadata.get("stop"),
                 preset,
                 items,
-                self._settings.roots,
+                self._settings.reader,
                 root_map=self._settings.root_map,
                 earlier=found[1] if found and isinstance(found[1], Scan) else None,
             )
