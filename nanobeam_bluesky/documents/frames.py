@@ -164,7 +164,7 @@ class FrameReader:
         with self._lock:
             frames, status, reason = self._rows(block, roi)
         if frames is not None and frames.ndim == 4:
-            frames = frames.sum(axis=1)
+            frames = frames[:, 0] if frames.shape[1] == 1 else frames.sum(axis=1)
         return frames, status, reason
 
     def shape(self, path: str, dataset: str) -> tuple[int, ...]:
@@ -367,7 +367,10 @@ class FrameReader:
         if dataset is None:
             if self._roots:
                 self._roots.check(file, stored.dataset)
-            dataset = datasets[stored.dataset] = file.get(stored.dataset)
+            dataset = file.get(stored.dataset)
+            # it may have another name, such as one without the leading slash
+            dataset = next((known for known in datasets.values() if known == dataset), dataset)
+            datasets[stored.dataset] = dataset
         if dataset is None:
             self._forget(stored.path)
             raise NotYetError(f"{stored.path} has no dataset {stored.dataset}")

@@ -397,7 +397,7 @@ class Scan:
         seq_nums = np.asarray(numbers) if known else np.arange(1, array.events + 1)
         counted = count_of(((stop or {}).get("num_events") or {}).get(array.stream))
         points = self._references.points_per_event
-        rewound = (stop and counted < array.events) or array.events * points > self.grid.num_points
+        rewound = 0 < counted < array.events or array.events * points > self.grid.num_points
         if is_frames and not known and rewound:
             raise UnreadableError(
                 f"{array.events} events with frames for {counted or self.grid.num_points}: "

@@ -410,3 +410,15 @@ def test_a_file_a_row_does_not_exhaust_open_files(tmp_path):
     assert len(os.listdir("/proc/self/fd")) <= before + MAX_OPEN_FILES
     reader.close()
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_a_dataset_with_two_names_is_read_by_either(tmp_path):
+    """To refresh one of two handles loses the chunks of the other, silently."""
+    data = frames(2)
+    stored = write(tmp_path / "a.h5", data)
+    reader = FrameReader(geometry())
+    for name in (stored.dataset, f"/{stored.dataset}", stored.dataset):
+        block = PointBlock(1, 2, replace(stored, dataset=name))
+        patterns, _, status, reason = reader.patterns(block)
+        assert status.tolist() == [OK] * 2, reason
+        np.testing.assert_array_equal(patterns[1], plain_pattern(data[1], geometry()))
