@@ -336,6 +336,11 @@ class _View(CatalogContainerAdapter):
         """Refuse: that would read every run."""
         raise HTTPException(400, "all runs at once: ask for one")
 
+    @property
+    def search_deep(self) -> Any:
+        """Absent: what lies in the runs of the catalogue does not lie in those of the view."""
+        raise AttributeError("search_deep")
+
     def _listed(self, run: Any) -> _Run:
         """Return a run as far as its metadata tell of it: a list may be long."""
         raise NotImplementedError

@@ -436,7 +436,24 @@ def test_nothing_is_written_through_a_view(server):
     assert server.uids["snaked"] in server.client["raw"]
 
 
-def test_all_runs_at_once_and_too_much_of_one_are_refused(server):
+def test_lists_are_paged_and_what_makes_no_sense_is_refused(server):
     base, key = server.url.split("?")
     answer = httpx.get(f"{base}/api/v1/container/full/scans?format=json&{key}")
     assert (answer.status_code, "ask for one" in answer.text) == (400, True)
+    deep = httpx.get(f"{base}/api/v1/search-deep/maps?{key}")
+    assert 400 <= deep.status_code < 500
+    everywhere = httpx.get(f"{base}/api/v1/search-deep/?{key}")
+    assert {item["id"] for item in everywhere.json()["data"]} >= {"raw", "maps"}
+    pages = f"{base}/api/v1/search/scans/{server.uids['snaked']}?{key}&page[limit]=3"
+    names = []
+    while pages:
+        page = httpx.get(pages if key in pages else f"{pages}&{key}").json()
+        names += [item["id"] for item in page["data"]]
+        pages = page["links"]["next"]
+    assert names == list(server.client["scans"][server.uids["snaked"]])
+    query = '{"text": "film"}'
+    refusal = httpx.get(
+        f"{base}/api/v1/search/scans/{server.uids['snaked']}?{key}",
+        params={"filter[fulltext][condition][text]": query} | dict([key.split("=")]),
+    )
+    assert refusal.status_code == 400
