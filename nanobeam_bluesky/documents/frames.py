@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["FrameReader", "ReadStatus"]
 
 MAX_OPEN_FILES = 16
-MAX_SETTLED = 100_000
 MAX_FRAMES = 4096
 """Frames that are read at once, where a point has several."""
 
@@ -69,17 +68,22 @@ class FrameReader:
         For patterns: its ROI, binning, orientation, mask and saturation value apply.
     roots
         Files elsewhere are refused, by whatever link they are named, as are handlers.
-
-    Notes
-    -----
-    A process must not read a growing file by two readers: to refresh one of two handles of a
-    dataset makes HDF5 2.0 lose chunks of the other.
+    refresh
+        Whether growing files are refreshed with every read. Not where others of this process
+        read the same files: to refresh one of two handles of a dataset makes HDF5 2.0 lose
+        chunks, or the process.
     """
 
-    def __init__(self, geometry: Geometry | None = None, roots: Roots | None = None) -> None:
+    def __init__(
+        self,
+        geometry: Geometry | None = None,
+        roots: Roots | None = None,
+        *,
+        refresh: bool = True,
+    ) -> None:
         self._geometry = geometry
         self._roots = roots
-        self._settled: set[str] = set()
+        self._refresh = refresh
         self._files: OrderedDict[str, _File] = OrderedDict()
         self._handlers = HandlerReader()
         self._lock = threading.Lock()
@@ -91,17 +95,11 @@ class FrameReader:
         with self._lock:
             self._forget_all()
 
-    def settle(self, paths: Iterable[str], closed: bool) -> None:
-        """Say whether files grow no more: then they are not refreshed with every read."""
+    def reopen(self, paths: Iterable[str]) -> None:
+        """Close files, so that what was added to them is seen without a refresh."""
         with self._lock:
             for path in paths:
-                if closed and path not in self._settled:
-                    self._forget(path)  # what was read of it may be old
-                    self._settled.add(path)
-                elif not closed:
-                    self._settled.discard(path)
-            if len(self._settled) > MAX_SETTLED:
-                self._settled.clear()
+                self._forget(path)
 
     def patterns(
         self, block: PointBlock, geometry: Geometry | None = None
@@ -377,7 +375,7 @@ class FrameReader:
         if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "uifb":
             what = dataset.dtype if isinstance(dataset, h5py.Dataset) else "a group"
             raise NeverError(f"expected a dataset of numbers, found {what}")
-        if file.swmr_mode and stored.path not in self._settled:
+        if file.swmr_mode and self._refresh:
             dataset.refresh()
         return dataset
 

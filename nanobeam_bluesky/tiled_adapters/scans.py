@@ -515,7 +515,7 @@ class Scan:
                 raise UnreadableError(block.problem)
             if block.stored and block.stored.path and not block.stored.rows_per_file:
                 seen[block.stored.path, block.stored.dataset] = None
-        self._reader.settle((path for path, _ in seen), self.closed)
+        self._reader.reopen(path for path, _ in seen)
         for path, dataset in seen:
             try:
                 shape = self._reader.shape(path, dataset)

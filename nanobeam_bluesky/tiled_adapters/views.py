@@ -107,7 +107,7 @@ def scans(
     """
     found = from_uri(uri, readable_storage=list(readable_storage), specs=list(specs))
     folders = [s.path for s in found.context.readable_storage.values() if type(s) is FileStorage]
-    reader = FrameReader(roots=Roots(folders))
+    reader = FrameReader(roots=Roots(folders), refresh=False)
     settings = _Settings(Preset.choices(preset), reader, root_map)
     return _Scans(found.context, found.node, settings=settings, mount_path=_segments(mount_node))
 

@@ -102,8 +102,7 @@ def test_links_and_virtual_datasets_within_the_folders_are_followed(tmp_path):
         file["soft"] = h5py.SoftLink("/frames")
         file["entry"] = h5py.ExternalLink("whole.h5", "/")
         file["loop"] = h5py.SoftLink("/loop")
-    reader = FrameReader(roots=Roots([tmp_path]))
-    reader.settle([str(tmp_path / "master.h5")], closed=True)
+    reader = FrameReader(roots=Roots([tmp_path]), refresh=False)
     roi = ROI(row=1, col=2, height=3, width=4)
     for dataset in ("frames", "/soft", "entry/frames"):
         stored = StoredRows(str(tmp_path / "master.h5"), dataset, 1)
