@@ -27,6 +27,10 @@ TASK_ATTEMPTS = 3
 START_ATTEMPTS = 4
 """Deaths in a row without one answer, after which the worker is left alone."""
 
+NO_LOCKS = {"HDF5_USE_FILE_LOCKING": "FALSE"}
+"""A file that HDF5 has locked to read cannot be opened by its writer again. All of a process must
+agree on it, handlers included: hence not an argument."""
+
 
 @dataclass
 class _Run:
@@ -150,7 +154,7 @@ class WorkerClient:
                 [sys.executable, "-m", "nanobeam_bluesky.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env=os.environ | threads,
+                env=os.environ | threads | NO_LOCKS,
                 start_new_session=True,
             )
         except OSError as error:
