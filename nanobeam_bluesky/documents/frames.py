@@ -417,7 +417,7 @@ class FrameReader:
         try:
             descriptor = opened.hdf5.id.get_vfd_handle()
             return read_region(dataset, layout, descriptor, stored.row, n, roi, self._unlocked())
-        except OSError:
+        except (OSError, MemoryError):  # the latter where no chunk was written yet
             return None
 
     @staticmethod
@@ -462,7 +462,7 @@ def _check_chunks(dataset: Any, row: int, frames: NDArray[Any], roi: ROI) -> Non
         chunk = tuple(at // size * size for at, size in zip(place, dataset.chunks, strict=True))
         try:
             dataset.id.read_direct_chunk(chunk)
-        except RuntimeError as error:  # of h5py, where there is none
+        except (RuntimeError, MemoryError) as error:  # of h5py, where there is none
             raise OSError(f"row {place[0]} is not written yet") from error
 
 
