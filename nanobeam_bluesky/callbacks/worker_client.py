@@ -246,7 +246,7 @@ class WorkerClient:
             self._send_task(self._tasks[suspect][1])
 
     def _blame(self, key: tuple[str, int], alone: bool) -> None:
-        """Give up what the worker has hung on: a task when it was alone, and so for the 2nd time."""
+        """Give up what the worker has hung on: a task only when it was alone, the second time."""
         reason = f"the worker process did not answer for {HUNG_SECONDS:g} s"
         if key in self._tasks and alone:
             self._give_up(key, reason)

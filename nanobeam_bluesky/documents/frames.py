@@ -462,7 +462,7 @@ def _check_chunks(dataset: Any, row: int, frames: NDArray[Any], roi: ROI) -> Non
         chunk = tuple(at // size * size for at, size in zip(place, dataset.chunks, strict=True))
         try:
             dataset.id.read_direct_chunk(chunk)
-        except (RuntimeError, MemoryError) as error:  # of h5py, where there is none
+        except (OSError, RuntimeError, MemoryError) as error:  # of h5py, where there is none
             raise OSError(f"row {place[0]} is not written yet") from error
 
 
