@@ -27,8 +27,9 @@ TASK_ATTEMPTS = 3
 START_ATTEMPTS = 4
 """Deaths in a row without one answer, after which the worker is left alone."""
 HUNG_SECONDS = 60.0
-"""Without an answer for so long, a worker is taken for hung and ended; one that still imports and
-compiles has five times as long."""
+"""Without an answer for so long, a worker is taken for hung and ended."""
+START_SECONDS = 300.0
+"""How long it may take to import and compile."""
 _TICKS = 20
 """In so many steps the time is counted, so that a suspended process does not count."""
 
@@ -187,7 +188,7 @@ class WorkerClient:
         """End a worker that is hung; a thread of its own, as the others may wait for its pipes."""
         while not ended.wait(HUNG_SECONDS / _TICKS):
             self._tick += 1
-            limit = _TICKS if self.ready else 5 * _TICKS
+            limit = _TICKS * (1 if self.ready else START_SECONDS / HUNG_SECONDS)
             hung = {key for key, tick in list(self._asked.items()) if self._tick - tick > limit}
             if hung:
                 self._hung = hung

@@ -748,7 +748,7 @@ def points_of(name, doc, documents):
 
 @pytest.mark.parametrize("dialect", RECORDED)
 @given(data=st.data())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_whatever_is_lost_repeated_or_late_costs_its_own_points_only(
     dialect, complete, expected, ready, data
 ):
