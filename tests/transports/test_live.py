@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 import tifffile
+from bluesky.callbacks.zmq import Publisher
 from bluesky.plans import count
 from ophyd.sim import det
 from rich.console import Console
@@ -21,7 +22,7 @@ from nanobeam_bluesky.cli import _to_toml, app
 from nanobeam_bluesky.live import LiveOptions, run_live
 from nanobeam_bluesky.sim import EmbeddedSXDM, SimulatedSXDM, phantom, sxdm_fly
 from nanobeam_bluesky.tiled_adapters import catalog, raw_writer, serve, writers
-from nanobeam_bluesky.transports import ZMQPublisher, ZMQSource
+from nanobeam_bluesky.transports import ZMQPublisher, ZMQSource, to_msgpack
 
 SAMPLE = phantom("unique", (4, 5))
 
@@ -37,7 +38,7 @@ def callback():
 def live(callback, tmp_path):
     """Run ``nanobeam live`` here, as windows are drawn in the main thread, and `action` beside."""
 
-    def run(action, **options):
+    def run(action, callback=callback, **options):
         text, stop, failures = io.StringIO(), threading.Event(), []
 
         def beside():
@@ -85,7 +86,7 @@ def test_a_scan_of_another_process_is_mapped_shown_measured_and_published(
     live, RE, zmq_proxy, listen, until, geometry, tmp_path, caplog
 ):
     caplog.set_level("INFO", "nanobeam_bluesky")
-    publisher = ZMQPublisher(zmq_proxy[0], "msgpack")
+    publisher = Publisher(zmq_proxy[0], serializer=to_msgpack)
     came = listen(ZMQSource(zmq_proxy[1]))
     sxdm = SimulatedSXDM(SAMPLE, geometry, tmp_path / "frames", counts=20_000)
     metrics = []
@@ -119,6 +120,37 @@ def test_a_scan_of_another_process_is_mapped_shown_measured_and_published(
     assert "points_analysed 20" in text
     (line,) = [r.getMessage() for r in caplog.records if "is done; so far" in r.getMessage()]
     assert "points_seen 20, points_analysed 20, points_flagged 0, points_pending 0" in line
+
+
+def test_the_callback_is_made_as_the_options_say(
+    live, RE, zmq_proxy, listen, until, geometry, tmp_path
+):
+    """It fits the thickness, and finds the frames where their folder is mounted here."""
+    publisher = ZMQPublisher(zmq_proxy[0])
+    came = listen(ZMQSource(zmq_proxy[1]))
+
+    def elsewhere(name, doc):
+        if "uri" in doc:
+            doc = doc | {"uri": doc["uri"].replace(f"localhost{tmp_path}", "ioc1/disk")}
+        publisher(name, doc)
+
+    def fly(text):
+        RE(sxdm_fly(SimulatedSXDM(SAMPLE, geometry, tmp_path, counts=20_000)), elsewhere)
+        until(lambda: [name for name, _ in list(came)].count("stop") == 2, 60)
+
+    ok, _ = live(
+        fly,
+        callback=None,
+        zmq=zmq_proxy[1],
+        publish_zmq=zmq_proxy[0],
+        root_map=(f"//ioc1/disk={tmp_path}",),
+        fit=("thickness",),
+    )
+    publisher.close()
+    assert ok
+    run = derived_run(came)
+    compare(run)
+    np.testing.assert_allclose(to_maps(run)["thickness"], geometry.thickness_nm, atol=0.5)
 
 
 @pytest.fixture
@@ -229,6 +261,9 @@ def test_files_without_bluesky_are_mapped_while_they_grow(
         (["--kafka", "a:1"], "--kafka needs --topic"),
         (["--watch", "*.h5"], "--watch needs --geometry"),
         (["--zmq", "beamline"], "expected HOST:PORT"),
+        (["--zmq", "a:1", "--root-map", "/data"], "expected OLD=NEW"),
+        (["--zmq", "a:1", "--analyzer", "magic"], "analyzer = 'magic' must be one of"),
+        (["--zmq", "a:1", "--fit", "phase"], "may hold ('background', 'thickness', 'blur')"),
     ],
 )
 def test_wrong_usage_ends_with_2_and_the_reason(arguments, words):
