@@ -44,6 +44,8 @@ class _Run:
     geometry: Geometry
     choice: AnalyzerChoice
     opened: bool = False
+    hangs: int = 0
+    """How often the worker has hung while it was to prepare for the run."""
 
 
 class WorkerClient:
@@ -247,12 +249,15 @@ class WorkerClient:
             self._send_task(self._tasks[suspect][1])
 
     def _blame(self, key: tuple[str, int], alone: bool) -> None:
-        """Give up what the worker has hung on: a task only when it was alone, the second time."""
+        """Give up what the worker has hung on for the second time; a task is alone then."""
         reason = f"the worker process did not answer for {HUNG_SECONDS:g} s"
+        run = self._runs.get(key[0])
         if key in self._tasks and alone:
             self._give_up(key, reason)
-        elif key[1] == 0 and key[0] in self._runs:
-            self._runs[key[0]].pipeline.fail(f"no analyzer: {reason}")
+        elif run is not None and key[1] == 0:
+            run.hangs += 1
+            if run.hangs > 1:
+                run.pipeline.fail(f"no analyzer: {reason}")
 
     def _go_on(self) -> None:
         """Send the next suspect if the one in hand is done with; after the last, all tasks."""
@@ -273,6 +278,7 @@ class WorkerClient:
 
     def _give_up(self, key: tuple[str, int], reason: str) -> None:
         self._deaths.pop(key, None)
+        self._asked.pop(key, None)
         pipeline, task = self._tasks.pop(key)
         self._go_on()
         pipeline.processed(Processed.failed(task, reason))

@@ -455,9 +455,17 @@ def _consecutive(dataset: Any, row: int, count: int, rows: slice, cols: slice) -
 
 def _check_chunks(dataset: Any, row: int, frames: NDArray[Any], roi: ROI) -> None:
     """Raise OSError where a frame (of n, rows, columns) is not written yet: HDF5 gives zeros."""
-    if dataset.chunks is None or dataset.ndim != 3:
+    if dataset.ndim != 3 or not (dataset.chunks or dataset.is_virtual):
         return
-    for i in np.flatnonzero(~frames.any(axis=(1, 2))):
+    blank = np.flatnonzero(~frames.any(axis=(1, 2)))
+    if dataset.is_virtual and len(blank):
+        folder = Path(dataset.file.filename).parent
+        for name in {source.file_name for source in dataset.virtual_sources()} - {"."}:
+            if "%" not in name and not (folder / name).exists():
+                raise OSError(f"its source {name} is not there")
+    if dataset.chunks is None:
+        return
+    for i in blank:
         place = (row + int(i), roi.row, roi.col)
         chunk = tuple(at // size * size for at, size in zip(place, dataset.chunks, strict=True))
         try:

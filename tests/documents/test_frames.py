@@ -210,6 +210,24 @@ def test_rows_that_are_announced_before_they_are_written_are_waited_for(tmp_path
             np.testing.assert_array_equal(patterns[3], plain_pattern(data[3], geometry()))
 
 
+def test_frames_of_a_virtual_dataset_wait_for_their_file(tmp_path):
+    data = frames(4)
+    layout = h5py.VirtualLayout(data.shape, "u2")
+    for i in range(2):
+        layout[2 * i : 2 * i + 2] = h5py.VirtualSource(f"{i}.h5", "entry/data", (2, 512, 512))
+    with h5py.File(tmp_path / "a.h5", "w", libver="latest") as file:
+        file.create_virtual_dataset("d", layout)
+    reader = FrameReader(geometry())
+    block = PointBlock(1, 4, StoredRows(str(tmp_path / "a.h5"), "d", 0))
+    write(tmp_path / "0.h5", data[:2])
+    _, _, status, reason = reader.patterns(block)
+    assert (status.tolist(), "1.h5 is not there" in reason) == ([OK, OK, RETRY, RETRY], True)
+    write(tmp_path / "1.h5", data[2:])
+    patterns, _, status, _ = reader.patterns(block)
+    assert status.tolist() == [OK] * 4
+    np.testing.assert_array_equal(patterns[3], plain_pattern(data[3], geometry()))
+
+
 @pytest.mark.parametrize("swmr", [False, True])
 @pytest.mark.parametrize("how", ["replaced", "written over"])
 def test_another_file_of_the_same_name_is_read_instead(tmp_path, how, swmr):
