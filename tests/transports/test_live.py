@@ -22,7 +22,7 @@ from nanobeam_bluesky.cli import _to_toml, app
 from nanobeam_bluesky.live import LiveOptions, run_live
 from nanobeam_bluesky.sim import EmbeddedSXDM, SimulatedSXDM, phantom, sxdm_fly
 from nanobeam_bluesky.tiled_adapters import catalog, raw_writer, serve, writers
-from nanobeam_bluesky.transports import ZMQPublisher, ZMQSource, to_msgpack
+from nanobeam_bluesky.transports import ZMQSource, to_msgpack
 
 SAMPLE = phantom("unique", (4, 5))
 
@@ -85,18 +85,22 @@ def derived_run(documents):
 def test_a_scan_of_another_process_is_mapped_shown_measured_and_published(
     live, RE, zmq_proxy, listen, until, geometry, tmp_path, caplog
 ):
+    """Its frames are mounted elsewhere here, and the thickness is fitted as well."""
     caplog.set_level("INFO", "nanobeam_bluesky")
     publisher = Publisher(zmq_proxy[0], serializer=to_msgpack)
     came = listen(ZMQSource(zmq_proxy[1]))
     sxdm = SimulatedSXDM(SAMPLE, geometry, tmp_path / "frames", counts=20_000)
     metrics = []
 
+    def from_its_host(name, doc):
+        if "uri" in doc:
+            doc = doc | {"uri": doc["uri"].replace(f"localhost{tmp_path}", "ioc1/disk")}
+        publisher(name, doc)
+
     def fly(text):
         for name in ("descriptor", "stop"):  # of a run that began earlier
             publisher(name, {"uid": name, "run_start": "3f2a91c0-1"})
-        token = RE.subscribe(publisher)
-        RE(sxdm_fly(sxdm))
-        RE.unsubscribe(token)
+        RE(sxdm_fly(sxdm), from_its_host)
         until(lambda: [name for name, _ in list(came)].count("stop") == 3)
         address = text.getvalue().partition("Metrics: ")[2].split()[0]
         with urllib.request.urlopen(address) as answer:
@@ -104,7 +108,10 @@ def test_a_scan_of_another_process_is_mapped_shown_measured_and_published(
 
     ok, text = live(
         fly,
+        callback=None,  # its own, as the options say
         zmq=zmq_proxy[1],
+        root_map=(f"//ioc1/disk={tmp_path}",),
+        fit=("thickness",),
         publish_zmq=zmq_proxy[0],
         maps=True,
         metrics=0,
@@ -114,43 +121,14 @@ def test_a_scan_of_another_process_is_mapped_shown_measured_and_published(
     assert "begin scans after this line" in text
     assert "1 runs met in their middle" in text
     assert caplog.text.count("run 3f2a91c0 was met in its middle") == 1
-    compare(derived_run(came))
+    run = derived_run(came)
+    compare(run)
+    np.testing.assert_allclose(to_maps(run)["thickness"], geometry.thickness_nm, atol=0.5)
     assert "nanobeam_points_analysed_total 20.0" in metrics[0]
     assert "nanobeam_worker_ready 1.0" in metrics[0]
     assert "points_analysed 20" in text
     (line,) = [r.getMessage() for r in caplog.records if "is done; so far" in r.getMessage()]
     assert "points_seen 20, points_analysed 20, points_flagged 0, points_pending 0" in line
-
-
-def test_the_callback_is_made_as_the_options_say(
-    live, RE, zmq_proxy, listen, until, geometry, tmp_path
-):
-    """It fits the thickness, and finds the frames where their folder is mounted here."""
-    publisher = ZMQPublisher(zmq_proxy[0])
-    came = listen(ZMQSource(zmq_proxy[1]))
-
-    def elsewhere(name, doc):
-        if "uri" in doc:
-            doc = doc | {"uri": doc["uri"].replace(f"localhost{tmp_path}", "ioc1/disk")}
-        publisher(name, doc)
-
-    def fly(text):
-        RE(sxdm_fly(SimulatedSXDM(SAMPLE, geometry, tmp_path, counts=20_000)), elsewhere)
-        until(lambda: [name for name, _ in list(came)].count("stop") == 2, 60)
-
-    ok, _ = live(
-        fly,
-        callback=None,
-        zmq=zmq_proxy[1],
-        publish_zmq=zmq_proxy[0],
-        root_map=(f"//ioc1/disk={tmp_path}",),
-        fit=("thickness",),
-    )
-    publisher.close()
-    assert ok
-    run = derived_run(came)
-    compare(run)
-    np.testing.assert_allclose(to_maps(run)["thickness"], geometry.thickness_nm, atol=0.5)
 
 
 @pytest.fixture
