@@ -417,7 +417,7 @@ def test_a_worker_that_hangs_costs_the_points_that_it_hangs_on(
     assert {point for point, flag in flags.items() if flag} == set(range(22, 29))
     assert len(flags) == sample.size
     assert run[-1][1]["reason"] == "the worker process did not answer for 2 s"
-    assert callback.health.worker_restarts == restarts + 2
+    assert callback.health.worker_restarts >= restarts + 2
     assert raw.read_bytes() == content
 
 
