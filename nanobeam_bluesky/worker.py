@@ -175,7 +175,10 @@ def decode_processed(message: Message, arrays: Arrays, task: Task) -> Processed:
 
 
 def serve(requests: IO[bytes], answers: IO[bytes], threads: int = 1) -> None:
-    """Answer requests until the other side ends; tasks on several threads at once."""
+    """Answer requests until the other side ends; tasks on several threads at once.
+
+    What is in work then, or hangs, is not waited for.
+    """
     processor = Processor()
     writing = threading.Lock()
 
@@ -187,17 +190,17 @@ def serve(requests: IO[bytes], answers: IO[bytes], threads: int = 1) -> None:
         message, arrays = encode_processed(processor.process(task))
         answer({"kind": "processed"} | message, arrays)
 
-    with ThreadPoolExecutor(threads) as pool:
-        while (received := receive(requests)) is not None:
-            message, arrays = received
-            kind = message.pop("kind")
-            if kind == "task":
-                pool.submit(work, decode_task(message, arrays))
-            elif kind == "open":
-                answer(_open(processor, message))
-            elif kind == "close":
-                processor.close(message["run"])
-    processor.shutdown()
+    pool = ThreadPoolExecutor(threads)
+    while (received := receive(requests)) is not None:
+        message, arrays = received
+        kind = message.pop("kind")
+        if kind == "task":
+            pool.submit(work, decode_task(message, arrays))
+        elif kind == "open":
+            answer(_open(processor, message))
+        elif kind == "close":
+            processor.close(message["run"])
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _open(processor: Processor, message: Message) -> Message:
@@ -238,6 +241,7 @@ def main() -> None:
     _warm_up()
     send(answers, {"kind": "ready"})
     serve(sys.stdin.buffer, answers, THREADS)
+    os._exit(0)  # what trains in the background ends as well, when its pipe does
 
 
 if __name__ == "__main__":
