@@ -140,7 +140,7 @@ def read_region(
         return out
     try:
         chunks = [dataset.id.read_direct_chunk((first + i, 0, 0)) for i in range(n)]
-    except RuntimeError as error:  # of h5py, where there is none
+    except (RuntimeError, MemoryError) as error:  # of h5py, where there is none
         raise OSError(f"frames {first} to {first + n - 1}: {error}") from error
     with unlocked or nullcontext():
         return _decompressed(chunks, layout, roi)

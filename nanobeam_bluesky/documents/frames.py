@@ -417,7 +417,7 @@ class FrameReader:
         try:
             descriptor = opened.hdf5.id.get_vfd_handle()
             return read_region(dataset, layout, descriptor, stored.row, n, roi, self._unlocked())
-        except (OSError, MemoryError):  # the latter where no chunk was written yet
+        except OSError:
             return None
 
     @staticmethod
