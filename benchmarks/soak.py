@@ -299,7 +299,10 @@ def latency(options: argparse.Namespace) -> None:
 
 def _compressed(path: Path, dataset: str) -> list[bytes]:
     """Return the frames of a file as chunks of bitshuffle and LZ4."""
-    with h5py.File(path) as file, h5py.File("chunks", "w", driver="core", backing_store=False) as to:
+    with (
+        h5py.File(path) as file,
+        h5py.File("chunks", "w", driver="core", backing_store=False) as to,
+    ):
         source = file[dataset]
         target = to.create_dataset(
             "d", data=source[:], chunks=(1, *source.shape[1:]), **hdf5plugin.Bitshuffle()
@@ -511,7 +514,9 @@ SECTIONS = {"runs": runs, "references": references, "latency": latency, "thread"
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--analyzer", default="auto")
     parser.add_argument("--runs", type=int, default=10_000)
