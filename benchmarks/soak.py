@@ -141,15 +141,15 @@ def runs(options: argparse.Namespace) -> None:
 
 def references(options: argparse.Namespace) -> None:
     """Feed the documents of a very large scan; print the peak memory above idle."""
-    for missing, points, sparse in ((True, 100, False), (True, 10, False), (False, 100, False)):
+    for missing, points in ((True, 100), (True, 10), (False, 100)):
         process = multiprocessing.get_context("spawn").Process(
-            target=_large_scan, args=(missing, points, options.rows, options.analyzer)
+            target=_large_scan, args=(missing, points, options.rows)
         )
         process.start()  # so that each begins with the memory of a fresh process
         process.join()
 
 
-def _large_scan(missing: bool, points: int, rows: int, analyzer: Any) -> None:
+def _large_scan(missing: bool, points: int, rows: int) -> None:
     logging.disable()
     callback = NanobeamCallback("correlation")
     arrived = np.zeros(rows * 1000 + 1, bool)
@@ -203,7 +203,9 @@ def _large_scan(missing: bool, points: int, rows: int, analyzer: Any) -> None:
     )
 
 
-def _large(documents: Documents, rows: int, points: int, missing: bool) -> Documents:
+def _large(
+    documents: Documents, rows: int, points: int, missing: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the documents of a scan whose rows all lie in one and the same file."""
     (_, start), (_, stop) = documents[0], documents[-1]
     shape = {"shape": [rows, 1000], "num_points": 1000 * rows, "uid": "large"}
