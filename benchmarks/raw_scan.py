@@ -26,6 +26,8 @@ from nanobeam_bluesky.sim import SimulatedSXDM, phantom, sxdm_fly
 
 ROWS = 10
 RAISING = """
+import logging
+logging.disable()
 from nanobeam_bluesky.models import Analyzer
 def process(self, patterns):
     raise RuntimeError("as the benchmark wants it")
@@ -75,6 +77,8 @@ def killed(folder):
 
         def kill():
             while not done.wait(4):
+                if not callback.health.worker_ready:
+                    continue  # else it might never come to work at all
                 with contextlib.suppress(ProcessLookupError, TypeError):
                     os.kill(callback.health.worker_pid, signal.SIGKILL)
 

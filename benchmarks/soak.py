@@ -36,8 +36,10 @@ from benchmarks.raw_scan import CONDITIONS, Timed, healthy
 from nanobeam_bluesky.callbacks import NanobeamCallback
 from nanobeam_bluesky.geometry import Geometry
 from nanobeam_bluesky.models import Flag
+from nanobeam_bluesky.sim import SimulatedSXDM, phantom, sxdm_fly
 
 MEGABYTE = 1e6
+HEADS = ("start", "descriptor", "resource", "stream_resource")
 DIALECTS = Path(__file__).parents[1] / "tests" / "documents" / "test_dialects.py"
 
 
@@ -68,8 +70,8 @@ class Renewed:
 
     def __init__(self, documents: Documents) -> None:
         self.documents = documents
-        uids = {doc["uid"] for _, doc in documents if "uid" in doc}
-        self._uids = re.compile("|".join(re.escape(uid[:8]) for uid in uids if len(uid) == 36))
+        uids = {doc["uid"] for name, doc in documents if name in HEADS and len(doc["uid"]) == 36}
+        self._uids = re.compile("|".join(re.escape(uid[:8]) for uid in uids))
         self._count = itertools.count(1)
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -91,15 +93,21 @@ class Renewed:
 
 def runs(options: argparse.Namespace) -> None:
     """Analyse many runs of two points; what both processes hold must not grow."""
-    stops: list[dict[str, Any]] = []
+    total, ended, whole = 0, 0, 0
+    rows: list[tuple[float, ...]] = []
+
+    def stop(name: str, doc: dict[str, Any]) -> None:
+        nonlocal ended, whole
+        ended += 1
+        whole += doc["exit_status"] == "success" and doc["num_events"] == {"primary": 2}
+
     callback = NanobeamCallback(options.analyzer)
-    callback.subscribe(lambda name, doc: stops.append(doc), "stop")
-    total, rows = 0, []
+    callback.subscribe(stop, "stop")
 
     def analyse(count: int) -> None:
         nonlocal total
         for _ in range(count):
-            while total - len(stops) >= 8:  # one after the other the worker would mostly wait
+            while total - ended >= 8:  # one after the other the worker would mostly wait
                 time.sleep(0.002)
             for name, doc in again:
                 callback(name, doc)
@@ -127,10 +135,9 @@ def runs(options: argparse.Namespace) -> None:
                 analyse(options.runs // 10)
         health = callback.health
         callback.close()
-    bad = [s for s in stops if s["exit_status"] != "success" or s["num_events"] != {"primary": 2}]
     grown = [b - a for a, b in zip(rows[0], rows[-1], strict=True)]
     print(
-        f"{len(stops)} derived runs, {len(bad)} not whole, {health.errors} errors; grown by "
+        f"{ended} derived runs, {ended - whole} not whole, {health.errors} errors; grown by "
         f"{grown[0]:.1f} and {grown[3]:.1f} MB, {grown[1] + grown[4]} threads, "
         f"{grown[2] + grown[5]} files"
     )
@@ -412,8 +419,11 @@ def thread(options: argparse.Namespace) -> None:
     engine = RunEngine(context_managers=[])
     logging.disable()
     with tempfile.TemporaryDirectory() as folder:
-        sxdm_documents = record(folder, small(160), dialects["SHAPE"])
-        scan = dialects["Scan"](sxdm_documents)
+        update = {"detector_shape": (160, 144), "bragg_center_px": (70.0, 80.0)}
+        geometry = Geometry.published().model_copy(update=update)
+        sample = phantom("unique", dialects["SHAPE"])
+        sxdm = SimulatedSXDM(sample, geometry, folder, energy_in="start")
+        scan = dialects["Scan"](dialects["recorded"](engine, sxdm_fly(sxdm)))
         recorded: dict[str, Documents] = {}
         for i, (name, (device, kwargs, change)) in enumerate(dialects["DIALECTS"].items()):
             flyer = device(scan, Path(folder) / str(i), **kwargs)
@@ -451,7 +461,7 @@ def _emit(
 ) -> None:
     timed = Timed(callback)
     again = Renewed(documents)
-    before = callback.health.points_analysed
+    before = callback.health
     done = threading.Event()
 
     def emit() -> None:
@@ -465,12 +475,17 @@ def _emit(
     engine.loop.call_soon_threadsafe(emit)
     done.wait()
     engine.unsubscribe(token)
-    callback.wait(20)
+    done_too = callback.wait(30)
     found = sorted(timed.microseconds)
     median, late = found[len(found) // 2], found[int(0.999 * len(found))]
-    points = callback.health.points_analysed - before
+    health = callback.health
+    points, flagged, errors = (
+        getattr(health, key) - getattr(before, key)
+        for key in ("points_analysed", "points_flagged", "errors")
+    )
     print(
-        f"{fault:18} {name:40} {len(found):9} {median:7.1f} {late:7.1f}  {points} points"
+        f"{fault:18} {name:40} {len(found):9} {median:7.1f} {late:7.1f}  {points} points, "
+        f"{flagged} flagged, {errors} errors{'' if done_too else ', not done'}"
         f"{'' if median <= 50 and late <= 1000 else ' ✗'}",
         flush=True,
     )

@@ -240,7 +240,10 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints must not end up between the messages
     logging.basicConfig(level=logging.WARNING, format="nanobeam worker: %(message)s")
-    _warm_up()
+    try:
+        _warm_up()
+    except Exception:  # what is wrong with it is better said of each run's points
+        logging.getLogger("nanobeam_bluesky").exception("not warmed up")
     send(answers, {"kind": "ready"})
     serve(sys.stdin.buffer, answers, THREADS)
 
