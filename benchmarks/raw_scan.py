@@ -49,20 +49,20 @@ class Timed:
 
 
 @contextlib.contextmanager
-def healthy(folder):
-    callback = NanobeamCallback()
+def healthy(folder, analyzer="auto"):
+    callback = NanobeamCallback(analyzer)
     callback.subscribe(lambda name, doc: None)
     yield callback
     callback.close()
 
 
 @contextlib.contextmanager
-def raising(folder):
+def raising(folder, analyzer="auto"):
     (Path(folder) / "sitecustomize.py").write_text(RAISING)
     old = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), old]))
     try:
-        with healthy(folder) as callback:
+        with healthy(folder, analyzer) as callback:
             yield callback
     finally:
         os.environ.pop("PYTHONPATH")
@@ -71,8 +71,8 @@ def raising(folder):
 
 
 @contextlib.contextmanager
-def killed(folder):
-    with healthy(folder) as callback:
+def killed(folder, analyzer="auto"):
+    with healthy(folder, analyzer) as callback:
         done = threading.Event()
 
         def kill():
@@ -90,8 +90,8 @@ def killed(folder):
 
 
 @contextlib.contextmanager
-def disk_full(folder):
-    with healthy(folder) as callback, open("/dev/full", "w") as file:
+def disk_full(folder, analyzer="auto"):
+    with healthy(folder, analyzer) as callback, open("/dev/full", "w") as file:
 
         def write(name, doc):
             file.write(f"{name}\n")

@@ -70,8 +70,8 @@ class Renewed:
 
     def __init__(self, documents: Documents) -> None:
         self.documents = documents
-        uids = {doc["uid"] for name, doc in documents if name in HEADS and len(doc["uid"]) == 36}
-        self._uids = re.compile("|".join(re.escape(uid[:8]) for uid in uids))
+        uids = {doc["uid"][:8] for name, doc in documents if name in HEADS}
+        self._uids = re.compile("|".join(map(re.escape, uids)))
         self._count = itertools.count(1)
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -82,7 +82,9 @@ class Renewed:
                 return self._uids.sub(lambda found: f"{mark}-{found[0]}", value)
             if isinstance(value, dict):
                 return {renewed(k): renewed(v) for k, v in value.items()}
-            return [renewed(v) for v in value] if isinstance(value, list | tuple) else value
+            if isinstance(value, list) and value and isinstance(value[0], str | dict):
+                return [renewed(v) for v in value]
+            return value
 
         for name, doc in self.documents:
             yield name, {k: v if k == "uri" else renewed(v) for k, v in doc.items()}
@@ -201,11 +203,11 @@ def _large_scan(missing: bool, points: int, rows: int) -> None:
     n = len(timed.microseconds)
     print(
         f"{rows} × 1000 points, {points} a document, frames "
-        f"{'never come' if missing else 'are there, a file a row'}: peak {peak - idle:.0f} MB above "
-        f"idle (must 500); at most {most} points waiting; {n} documents, "
+        f"{'never come' if missing else 'are there, a file a row'}: peak {peak - idle:.0f} MB "
+        f"above idle (must 500); at most {most} points waiting; {n} documents, "
         f"{timed.microseconds[n // 2]:.1f} µs each in the median, "
-        f"{timed.microseconds[int(0.999 * n)]:.0f} at 99.9 % (CPU); fed in {fed:.0f} s, all done in "
-        f"{whole:.0f} s; {arrived.sum()} points came; {stops[-1]['exit_status']}",
+        f"{timed.microseconds[int(0.999 * n)]:.0f} at 99.9 % (CPU); fed in {fed:.0f} s, all done "
+        f"in {whole:.0f} s; {arrived.sum()} points came; {stops[-1]['exit_status']}",
         flush=True,
     )
 
@@ -429,7 +431,7 @@ def thread(options: argparse.Namespace) -> None:
             flyer = device(scan, Path(folder) / str(i), **kwargs)
             recorded[name] = list(change(dialects["recorded"](engine, dialects["fly"](flyer))))
         print(f"{'fault':18} {'dialect':40} documents {'median':>7} {'99.9 %':>7}  µs (CPU)")
-        with healthy(folder) as callback:
+        with healthy(folder, "correlation") as callback:  # hundreds of runs, quickly opened
             ready(callback)
             for name, documents in recorded.items():
                 _emit(engine, callback, "none", name, documents, options.documents)
@@ -444,9 +446,12 @@ def thread(options: argparse.Namespace) -> None:
             "hostile documents": (healthy, _hostile),
         }
         for fault, (condition, change) in faults.items():
-            with tempfile.TemporaryDirectory() as other, condition(other) as callback:
+            with (
+                tempfile.TemporaryDirectory() as other,
+                condition(other, "auto" if fault == "no model" else "correlation") as callback,
+            ):
                 ready(callback)
-                for name in PLAIN:
+                for name in PLAIN[-1:] if fault == "no model" else PLAIN:
                     changed = list(change(recorded[name]))
                     _emit(engine, callback, fault, name, changed, options.documents)
 
@@ -492,8 +497,8 @@ def _emit(
 
 
 @contextlib.contextmanager
-def _slow_sink(folder: str) -> Iterator[NanobeamCallback]:
-    with healthy(folder) as callback:
+def _slow_sink(folder: str, analyzer: str) -> Iterator[NanobeamCallback]:
+    with healthy(folder, analyzer) as callback:
         token = callback.subscribe(lambda name, doc: time.sleep(0.05))
         yield callback
         callback._sinks[token]._callback = lambda name, doc: None
