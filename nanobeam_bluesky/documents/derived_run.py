@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -280,11 +280,11 @@ def _validated(name: str, doc: dict[str, Any]) -> dict[str, Any]:
     return doc
 
 
-_valid: set[tuple[str, Hashable]] = set()
+_valid: set[tuple[str, object]] = set()
 _MAX_VALID = 1000
 
 
-def _likeness(value: Any) -> Hashable:
+def _likeness(value: Any) -> object:
     """Keys and types of a document, which are all that differs from what this file writes."""
     if isinstance(value, Mapping):
         return frozenset((key, _likeness(v)) for key, v in value.items())
