@@ -1,6 +1,8 @@
+import gc
 import json
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -206,6 +208,18 @@ def test_wrong_type_and_method_are_refused(published):
 def test_settings_tell_weights_apart(published, network, card, geometry):
     assert json.loads(json.dumps(published.settings)) == published.settings
     assert published.settings != Analyzer(geometry, network=network, card=card).settings
+
+
+def test_an_analyzer_is_freed_at_once(tmp_path, geometry):
+    """Else a worker with many runs holds networks until the garbage collector comes."""
+    gc.disable()
+    try:
+        analyzer = Analyzer.for_geometry(geometry, store=ModelStore(tmp_path), device="cpu")
+        freed = weakref.ref(analyzer)
+        del analyzer
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 def test_models_import_without_bluesky_and_tiled():
