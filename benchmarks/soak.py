@@ -431,14 +431,9 @@ def thread(options: argparse.Namespace) -> None:
             flyer = device(scan, Path(folder) / str(i), **kwargs)
             recorded[name] = list(change(dialects["recorded"](engine, dialects["fly"](flyer))))
         print(f"{'fault':18} {'dialect':40} documents {'median':>7} {'99.9 %':>7}  µs (CPU)")
-        with healthy(folder, "correlation") as callback:  # hundreds of runs, quickly opened
-            ready(callback)
-            for name, documents in recorded.items():
-                _emit(engine, callback, "none", name, documents, options.documents)
         faults: dict[str, tuple[Any, Callable[[Documents], Documents]]] = {
             name: (CONDITIONS[name], _untrained if name == "no model" else list)
             for name in CONDITIONS
-            if name != "healthy"
         }
         faults |= {
             "slow sink": (_slow_sink, list),
@@ -446,12 +441,14 @@ def thread(options: argparse.Namespace) -> None:
             "hostile documents": (healthy, _hostile),
         }
         for fault, (condition, change) in faults.items():
-            with (
-                tempfile.TemporaryDirectory() as other,
-                condition(other, "auto" if fault == "no model" else "correlation") as callback,
-            ):
+            if options.faults and fault not in options.faults:
+                continue
+            names = {"healthy": tuple(recorded), "no model": PLAIN[-1:]}.get(fault, PLAIN)
+            # otherwise the hundreds of runs would take long to open
+            analyzer = "auto" if fault == "no model" else "correlation"
+            with tempfile.TemporaryDirectory() as other, condition(other, analyzer) as callback:
                 ready(callback)
-                for name in PLAIN[-1:] if fault == "no model" else PLAIN:
+                for name in names:
                     changed = list(change(recorded[name]))
                     _emit(engine, callback, fault, name, changed, options.documents)
 
@@ -545,6 +542,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=1000, help="of the scan of references")
     parser.add_argument("--hz", type=float, default=1000)
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--faults", nargs="*", help="of thread; all by default")
     parser.add_argument("--documents", type=int, default=5000, help="for each line of thread")
     options = parser.parse_args(None if arguments is None else list(arguments))
     unknown = set(options.sections) - set(SECTIONS)
