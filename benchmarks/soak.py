@@ -70,7 +70,11 @@ class Renewed:
 
     def __init__(self, documents: Documents) -> None:
         self.documents = documents
-        uids = {doc["uid"][:8] for name, doc in documents if name in HEADS}
+        uids = {
+            doc["uid"][:8]
+            for name, doc in documents
+            if name in HEADS and isinstance(doc["uid"], str)
+        }
         self._uids = re.compile("|".join(map(re.escape, uids)))
         self._count = itertools.count(1)
 
@@ -293,12 +297,14 @@ def latency(options: argparse.Namespace) -> None:
     delay = (arrived - flushed)[1:]
     got = np.isfinite(delay)
     p50, p95 = np.percentile(delay[got], [50, 95]) if got.any() else (np.nan, np.nan)
+    twelfths = " ".join(f"{np.nanmax(part):.2f}" for part in np.array_split(delay, 12))
     timed.microseconds.sort()
     size = sum(map(len, chunks)) / len(chunks)
     print(
         f"{options.hz:g} Hz for {options.seconds:g} s, 256 × 256 uint16 bitshuffle-lz4 "
         f"({size:.0f} bytes), {options.analyzer}, a document each 0.1 s: flushed → value "
-        f"p50 {p50:.2f}, p95 {p95:.2f}, max {np.nanmax(delay):.2f} s (p95 must 1); "
+        f"p50 {p50:.2f}, p95 {p95:.2f}, max {np.nanmax(delay):.2f} s (p95 must 1; max of each "
+        f"twelfth {twelfths}); "
         f"{points - got.sum()} of {points} lost, {(flags & Flag.FRAME_MISSING > 0).sum()} without "
         f"a frame, {'done' if done else 'NOT done'}, {stops[-1]['exit_status']}; at most "
         f"{largest['points_pending']} points, {largest['documents_pending']} documents and "
