@@ -822,6 +822,29 @@ def test_datums_reach_the_worker_process_that_reads_them(engine, scan, expected,
             np.testing.assert_allclose(found[name], expected[name], rtol=1e-12)
 
 
+def test_datums_before_their_resource_are_of_the_run_that_flies(engine, scan, tmp_path):
+    """Not of the one before, which has stopped and is still analysed."""
+    documents = events_first(recorded(engine, fly(Datums(scan, tmp_path))))
+    callback = NanobeamCallback("correlation")
+    derived = []
+    callback.subscribe(lambda name, doc: derived.append((name, doc)))
+    text = json.dumps(documents)
+    uids = [doc["uid"] for name, doc in documents if name in ("start", "descriptor", "resource")]
+    for mark in "ab":
+        for uid in uids:
+            text = text.replace(uid, mark + uid[1:])
+        uids = [mark + uid[1:] for uid in uids]
+        for name, doc in json.loads(text):
+            callback(name, doc)
+    try:
+        assert callback.wait(60)
+        assert (callback.health.points_analysed, callback.health.errors) == (2 * POINTS, 0)
+    finally:
+        callback.close()
+    assert [d["exit_status"] for n, d in derived if n == "stop"] == ["success"] * 2
+    assert not any(sum(d["data"]["flags"]) for n, d in derived if n == "event_page")
+
+
 # ----------------------------------------------------------------------- ophyd-async
 
 

@@ -9,8 +9,17 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from jsonschema import ValidationError
 
-from nanobeam_bluesky.documents import AnalyzerChoice, Processor, RunPipeline, Tally, to_maps
+from nanobeam_bluesky.documents import (
+    AnalyzerChoice,
+    DerivedRun,
+    Processor,
+    RunPipeline,
+    ScanGrid,
+    Tally,
+    to_maps,
+)
 from nanobeam_bluesky.documents import pipeline as module
 from nanobeam_bluesky.models import Flag
 from nanobeam_bluesky.presets import Preset
@@ -300,3 +309,13 @@ def test_a_run_without_frames_closes_empty(record):
 def test_maps_of_what_is_no_derived_run_are_refused(record):
     with pytest.raises(ValueError, match="not a derived run"):
         to_maps(record())
+
+
+def test_a_document_unlike_those_before_is_validated(geometry):
+    """Those that are alike are validated once."""
+    start = {"uid": "raw", "shape": [2, 3], "nanobeam": {}}
+    grid = ScanGrid(Preset.load("default").scan_metadata(start))
+    for sample in ("film", "film 2"):
+        DerivedRun(start | {"sample": sample}, geometry, grid, {}).open()
+    with pytest.raises(ValidationError, match="7 is not"):
+        DerivedRun(start | {"sample": 7}, geometry, grid, {}).open()
