@@ -234,6 +234,11 @@ def _begin(
     sigma = np.sqrt(np.einsum("nij,nj->ni", slopes**2, known**2))
     trusted = np.clip(_TRUST * sigma, _LEAST_STEP, _LONGEST)
     reach = np.where(np.isfinite(sigma), trusted, _LONGEST)
+    # where the fringes are known and the pupil is less so, strain and ω err against each other:
+    # dq, their sum, does not
+    parts = np.abs(slopes[:, _DQ, :2]) * known[:, :2]
+    near = sigma[:, _X] < _UNKNOWN_PX
+    sigma[near, _DQ] = np.abs(parts[near, 0] - parts[near, 1])
     if thickness:
         part = np.nan_to_num(10 * start.thickness / plan.thickness, nan=1.0)
         first = np.column_stack([first, np.clip(part, *_THICKNESS_RANGE) * plan.thickness])
@@ -295,7 +300,7 @@ def _look_aside(
         for step in range(1, _ASIDE + 1):
             begin = found[0].values[going, :parameters]
             begin[:, _X] += side * step * np.maximum(3 * sigma[going], _ASIDE_PX)
-            other = Fitted(*(np.zeros_like(column) for column in found[0]))
+            other = Fitted._make(map(np.zeros_like, found[0]))
             part = fit_from(begin, np.tile(_LONGEST, (len(going), 1)), which[going])
             for ours, theirs in zip(other, part, strict=True):
                 ours[going] = theirs
