@@ -3,7 +3,7 @@
 import sys
 from importlib import import_module
 
-NAMES = ["physics", "models", "accuracy", "envelope", "fly_scan", "raw_scan", "pipeline"]
+NAMES = ["physics", "models", "accuracy", "envelope", "fly_scan", "raw_scan", "pipeline", "soak"]
 
 
 def main() -> None:

@@ -26,6 +26,8 @@ from nanobeam_bluesky.sim import SimulatedSXDM, phantom, sxdm_fly
 
 ROWS = 10
 RAISING = """
+import logging
+logging.disable()
 from nanobeam_bluesky.models import Analyzer
 def process(self, patterns):
     raise RuntimeError("as the benchmark wants it")
@@ -34,33 +36,33 @@ Analyzer.process = process
 
 
 class Timed:
-    """Takes the wall time that a callback needs in the RunEngine's thread."""
+    """Takes the processor time that a callback needs in the RunEngine's thread."""
 
     def __init__(self, callback):
         self.callback = callback
         self.microseconds = []
 
     def __call__(self, name, doc):
-        before = time.perf_counter()
+        before = time.thread_time_ns()
         self.callback(name, doc)
-        self.microseconds.append(1e6 * (time.perf_counter() - before))
+        self.microseconds.append(1e-3 * (time.thread_time_ns() - before))
 
 
 @contextlib.contextmanager
-def healthy(folder):
-    callback = NanobeamCallback()
+def healthy(folder, analyzer="auto"):
+    callback = NanobeamCallback(analyzer)
     callback.subscribe(lambda name, doc: None)
     yield callback
     callback.close()
 
 
 @contextlib.contextmanager
-def raising(folder):
+def raising(folder, analyzer="auto"):
     (Path(folder) / "sitecustomize.py").write_text(RAISING)
     old = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), old]))
     try:
-        with healthy(folder) as callback:
+        with healthy(folder, analyzer) as callback:
             yield callback
     finally:
         os.environ.pop("PYTHONPATH")
@@ -69,12 +71,14 @@ def raising(folder):
 
 
 @contextlib.contextmanager
-def killed(folder):
-    with healthy(folder) as callback:
+def killed(folder, analyzer="auto"):
+    with healthy(folder, analyzer) as callback:
         done = threading.Event()
 
         def kill():
             while not done.wait(4):
+                if not callback.health.worker_ready:
+                    continue  # else it might never come to work at all
                 with contextlib.suppress(ProcessLookupError, TypeError):
                     os.kill(callback.health.worker_pid, signal.SIGKILL)
 
@@ -86,8 +90,8 @@ def killed(folder):
 
 
 @contextlib.contextmanager
-def disk_full(folder):
-    with healthy(folder) as callback, open("/dev/full", "w") as file:
+def disk_full(folder, analyzer="auto"):
+    with healthy(folder, analyzer) as callback, open("/dev/full", "w") as file:
 
         def write(name, doc):
             file.write(f"{name}\n")

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from nanobeam_bluesky.documents.frames import FrameReader, ReadStatus
 from nanobeam_bluesky.documents.references import PointBlock, RunReferences
@@ -265,7 +265,7 @@ def _print_scan(console: Console, run: _Run) -> None:
         found = {}
     run.references, _ = _refer(run, None, run.problems)
     references = run.references
-    table = Table("scan", "value", "where", title_justify="left")
+    table = Table("scan", "value", Column("where", overflow="fold"))
     for name, finding in found.items():
         value = getattr(run.scan, name, finding.value)
         if finding.value is None:
@@ -356,7 +356,7 @@ def _print_geometry(console: Console, run: _Run) -> Geometry | None:
         except GeometryError as error:
             broken.append(str(error))
     needed = {name for names, _ in gaps for name in names.replace(" or ", " with ").split(" with ")}
-    table = Table("geometry", "value", "unit", "where")
+    table = Table("geometry", "value", "unit", Column("where", overflow="fold"))
     for name in Geometry.model_fields:
         finding = found.get(name)
         table.add_row(name, *_cells(name, finding, geometry, name in needed))

@@ -320,6 +320,20 @@ def live(
     preset: Annotated[
         str, typer.Option(help="Preset, or path of one; auto: the first shipped that matches.")
     ] = "auto",
+    root_map: Annotated[
+        list[str] | None,
+        typer.Option(help="A folder of the documents and where it is mounted here: OLD=NEW."),
+    ] = None,
+    analyzer: Annotated[
+        str, typer.Option(help="auto or refine; or, quicker, network or correlation alone.")
+    ] = "auto",
+    fit: Annotated[list[str] | None, typer.Option(help="Unknown as well: thickness, blur.")] = None,
+    on_missing_model: Annotated[
+        str, typer.Option(help="Where no network was trained: universal, fit, train or skip.")
+    ] = "universal",
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Correct the geometry by a run's first points.")
+    ] = False,
     publish_zmq: Annotated[
         str | None, typer.Option(help="Publish derived documents to a proxy's incoming address.")
     ] = None,
@@ -342,6 +356,7 @@ def live(
 ) -> None:
     """Map scans of another process while they fly, until Ctrl-C."""
     options = locals()
+    options |= {name: tuple(options[name] or ()) for name in ("root_map", "fit")}
 
     from nanobeam_bluesky.live import LiveOptions, run_live
 

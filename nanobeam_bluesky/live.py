@@ -7,18 +7,20 @@ import os
 import signal
 import threading
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from platformdirs import user_data_path
 from rich.console import Console
 
 from nanobeam_bluesky.callbacks import BackgroundSink, LiveMaps, NanobeamCallback
+from nanobeam_bluesky.documents.processing import Method, MissingModel
 from nanobeam_bluesky.geometry import Geometry, GeometryError
+from nanobeam_bluesky.models.estimates import DEFAULT_FIT
 from nanobeam_bluesky.presets import MissingMetadataError, Preset
 from nanobeam_bluesky.transports import Receiver, Source
 from nanobeam_bluesky.transports.receiver import without_secrets
@@ -101,6 +103,14 @@ class LiveOptions:
     """Seconds without growth after which a file is complete; for `watch`."""
     preset: str = "auto"
     """Where a run's geometry is."""
+    root_map: tuple[str, ...] = ()
+    """Where folders of the documents are mounted here, e.g. ("/ioc/data=/data",)."""
+    analyzer: str = "auto"
+    """As of `NanobeamCallback`, as are the next three."""
+    fit: tuple[str, ...] = ()
+    """What is unknown besides the usual, e.g. ("thickness",)."""
+    on_missing_model: str = "universal"
+    calibrate: bool = False
     publish_zmq: str | None = None
     """Incoming address of a ZMQ proxy for derived documents."""
     publish_nats: str | None = None
@@ -133,7 +143,8 @@ def run_live(
     console
         For what users are to know; the log goes to the standard error.
     callback
-        One that is there already; it is not closed. `options.preset` does not apply to it.
+        One that is there already; it is not closed. How it works is its own affair, not that
+        of the options from `preset` to `calibrate`.
     stop
         Ends it.
 
@@ -150,12 +161,20 @@ def run_live(
         If a server for derived documents, a port or a file is not there.
     """
     where, source = _source(options)
+    roots = _roots(options.root_map)
     stop = stop or threading.Event()
     failures: list[BaseException] = []
     with ExitStack() as stack:
         publishers = _publishers(options, stack)
         given = callback is not None
-        callback = callback or NanobeamCallback(preset=options.preset)
+        callback = callback or NanobeamCallback(
+            cast(Method, options.analyzer),
+            preset=options.preset,
+            on_missing_model=cast(MissingModel, options.on_missing_model),
+            fit=(*DEFAULT_FIT, *options.fit),
+            calibrate=options.calibrate,
+            root_map=roots,
+        )
         if not given:
             stack.callback(callback.close, CLOSE_SECONDS)
         receiver = Receiver(callback)
@@ -205,6 +224,15 @@ _HINT = "Runs are mapped from their start: begin scans after this line."
 def home() -> Path:
     """Return the folder of what is kept: ``$NANOBEAM_HOME``, or the platform's data folder."""
     return Path(os.environ.get("NANOBEAM_HOME") or user_data_path("nanobeam"))
+
+
+def _roots(root_map: Sequence[str]) -> dict[str, str]:
+    """Read OLD=NEW."""
+    pairs = [text.rpartition("=") for text in root_map]
+    for (old, _, new), text in zip(pairs, root_map, strict=True):
+        if not old or not new.startswith("/"):
+            raise ValueError(f"--root-map {text}: expected OLD=NEW, such as /ioc/data=/data")
+    return {old: new for old, _, new in pairs}
 
 
 def _source(options: LiveOptions) -> tuple[str, Source]:

@@ -328,8 +328,9 @@ class NanobeamCallback:
         return self._runs.get(raw) if raw is not None else None
 
     def _only_run(self) -> str | None:
-        """Uid of the open run, if there is one: for documents that do not say theirs."""
-        return next(iter(self._runs)) if len(self._runs) == 1 else None
+        """Uid of the run that flies, if there is one: for documents that do not say theirs."""
+        flying = [uid for uid, run in self._runs.items() if not run.stopped]
+        return flying[0] if len(flying) == 1 else None
 
     def _begin(self, start: Mapping[str, Any], preset: Preset) -> None:
         uid = start["uid"]

@@ -26,6 +26,16 @@ TASK_ATTEMPTS = 3
 """A task that was in hand at so many deaths of the worker is given up."""
 START_ATTEMPTS = 4
 """Deaths in a row without one answer, after which the worker is left alone."""
+HUNG_SECONDS = 60.0
+"""Without an answer for so long, a worker is taken for hung and ended."""
+START_SECONDS = 300.0
+"""How long it may take to import and compile."""
+_TICKS = 20
+"""In so many steps the time is counted, so that a suspended process does not count."""
+
+NO_LOCKS = {"HDF5_USE_FILE_LOCKING": "FALSE"}
+"""A file that HDF5 has locked to read cannot be opened by its writer again. All of a process must
+agree on it, handlers included: hence not an argument."""
 
 
 @dataclass
@@ -34,6 +44,8 @@ class _Run:
     geometry: Geometry
     choice: AnalyzerChoice
     opened: bool = False
+    hangs: int = 0
+    """How often the worker has hung while it was to prepare for the run."""
 
 
 class WorkerClient:
@@ -58,7 +70,12 @@ class WorkerClient:
         # in hand when the worker died: one of them may be why, so they go one at a time
         self._suspects: deque[tuple[str, int]] = deque()
         self._fruitless = 0
+        # what the worker has and has not answered → tick; number 0 is the run's opening
+        self._asked: dict[tuple[str, int], int] = {}
+        self._tick = 0
+        self._hung: set[tuple[str, int]] = set()
         self._process: subprocess.Popen[bytes] | None = None
+        self._ended = threading.Event()
         self._start()
 
     @property
@@ -85,8 +102,10 @@ class WorkerClient:
     def close(self, pipeline: RunPipeline) -> None:
         """Have the worker close the run's files."""
         self._runs.pop(pipeline.key, None)
+        self._asked.pop((pipeline.key, 0), None)
         for key in [k for k in self._tasks if k[0] == pipeline.key]:
             del self._tasks[key]
+            self._asked.pop(key, None)
         self._send({"kind": "close", "run": pipeline.key})
         self._go_on()
 
@@ -102,8 +121,10 @@ class WorkerClient:
             return
         if message["kind"] == "ready":  # no answer yet: what comes first may still end it
             self.ready = True
+            self._asked = dict.fromkeys(self._asked, self._tick)
             return
         self._fruitless = 0
+        self._asked.pop((message["run"], message.get("number", 0)), None)
         run = self._runs.get(message["run"])
         if run is None:
             return
@@ -131,6 +152,7 @@ class WorkerClient:
         """End the worker."""
         process, self._process = self._process, None
         self.ready = False
+        self._ended.set()
         if process is None:
             return
         with contextlib.suppress(OSError):
@@ -150,7 +172,7 @@ class WorkerClient:
                 [sys.executable, "-m", "nanobeam_bluesky.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env=os.environ | threads,
+                env=os.environ | threads | NO_LOCKS,
                 start_new_session=True,
             )
         except OSError as error:
@@ -158,11 +180,26 @@ class WorkerClient:
             self._process = None
             return
         self._process = process
-        threading.Thread(
-            target=self._read, args=(process,), name="nanobeam-worker-reader", daemon=True
-        ).start()
+        self._ended = ended = threading.Event()
+        for name, target in (("reader", self._read), ("watch", self._watch)):
+            threading.Thread(
+                target=target, args=(process, ended), name=f"nanobeam-worker-{name}", daemon=True
+            ).start()
 
-    def _read(self, process: subprocess.Popen[bytes]) -> None:
+    def _watch(self, process: subprocess.Popen[bytes], ended: threading.Event) -> None:
+        """End a worker that is hung; a thread of its own, as the others may wait for its pipes."""
+        while not ended.wait(HUNG_SECONDS / _TICKS):
+            self._tick += 1
+            limit = _TICKS * (1 if self.ready else START_SECONDS / HUNG_SECONDS)
+            hung = {key for key, tick in list(self._asked.items()) if self._tick - tick > limit}
+            if hung:
+                self._hung = hung
+                process.kill()
+                if not ended.wait(HUNG_SECONDS / _TICKS):  # not even that ends it: leave it
+                    self._notify((process, None, []))
+                return
+
+    def _read(self, process: subprocess.Popen[bytes], ended: threading.Event) -> None:
         assert process.stdout is not None
         with process.stdout as pipe:
             try:
@@ -174,21 +211,31 @@ class WorkerClient:
 
     def _died(self) -> None:
         assert self._process is not None and self._process.stdin is not None
+        self._ended.set()
         self.ready = False
-        code = self._process.wait()
+        code: int | str | None = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self._process.wait(1)
+        hung, self._hung = self._hung, set()
+        if hung:
+            code = f"no answer for {HUNG_SECONDS:g} s"
         with contextlib.suppress(OSError):
             self._process.stdin.close()
+        self._process = None
         self._fruitless += 1
+        alone = bool(self._suspects)
         self._suspects.clear()
+        self._asked.clear()
         waiting = next(iter(self._tasks), None)
         self.restarts += 1
         logger.warning("the worker process ended with %s; starting it again", code)
-        if waiting is not None:
+        for overdue in hung:
+            self._blame(overdue, alone)
+        if waiting is not None and not hung:
             self._deaths[waiting] = self._deaths.get(waiting, 0) + 1
             if self._deaths[waiting] >= TASK_ATTEMPTS:
                 self._give_up(waiting, f"the worker process ended {TASK_ATTEMPTS} times here")
         if self._fruitless >= START_ATTEMPTS:
-            self._process = None
             logger.error("the worker process ended %d times without an answer", self._fruitless)
         else:
             self._start()
@@ -200,6 +247,17 @@ class WorkerClient:
         self._suspects = deque(self._tasks)
         for suspect in list(self._suspects)[:1]:
             self._send_task(self._tasks[suspect][1])
+
+    def _blame(self, key: tuple[str, int], alone: bool) -> None:
+        """Give up what the worker has hung on for the second time; a task is alone then."""
+        reason = f"the worker process did not answer for {HUNG_SECONDS:g} s"
+        run = self._runs.get(key[0])
+        if key in self._tasks and alone:
+            self._give_up(key, reason)
+        elif run is not None and key[1] == 0:
+            run.hangs += 1
+            if run.hangs > 1:
+                run.pipeline.fail(f"no analyzer: {reason}")
 
     def _go_on(self) -> None:
         """Send the next suspect if the one in hand is done with; after the last, all tasks."""
@@ -220,11 +278,13 @@ class WorkerClient:
 
     def _give_up(self, key: tuple[str, int], reason: str) -> None:
         self._deaths.pop(key, None)
+        self._asked.pop(key, None)
         pipeline, task = self._tasks.pop(key)
         self._go_on()
         pipeline.processed(Processed.failed(task, reason))
 
     def _send_open(self, key: str, run: _Run) -> None:
+        self._asked[key, 0] = self._tick
         self._send(
             {
                 "kind": "open",
@@ -237,6 +297,7 @@ class WorkerClient:
             run.pipeline.fail("the worker process cannot be started; its log says why")
 
     def _send_task(self, task: Task) -> None:
+        self._asked[task.run, task.number] = self._tick
         message, arrays = encode_task(task)
         self._send({"kind": "task"} | message, arrays)
         if self._process is None:

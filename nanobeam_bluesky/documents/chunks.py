@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from nanobeam_bluesky.geometry import ROI
 from nanobeam_bluesky.physics._numba import kernel
 
-__all__ = ["ChunkLayout", "chunk_layout", "read_region"]
+__all__ = ["ChunkLayout", "chunk_layout", "decompressed", "read_region"]
 
 Bytes = NDArray[np.uint8]
 
@@ -140,14 +140,20 @@ def read_region(
         return out
     try:
         chunks = [dataset.id.read_direct_chunk((first + i, 0, 0)) for i in range(n)]
-    except RuntimeError as error:  # of h5py, where there is none
+    except (RuntimeError, MemoryError) as error:  # of h5py, where there is none
         raise OSError(f"frames {first} to {first + n - 1}: {error}") from error
     with unlocked or nullcontext():
-        return _decompressed(chunks, layout, roi)
+        return decompressed(chunks, layout, roi)
 
 
-def _decompressed(chunks: list[tuple[int, bytes]], layout: ChunkLayout, roi: ROI) -> NDArray[Any]:
-    """Return regions (n, height, width) of chunks, each with the mask of its filters."""
+def decompressed(chunks: list[tuple[int, bytes]], layout: ChunkLayout, roi: ROI) -> NDArray[Any]:
+    """Return regions (n, height, width) of chunks, each with the mask of its filters.
+
+    Raises
+    ------
+    OSError
+        If a chunk is not what its filter makes.
+    """
     rows, columns = layout.shape
     size = layout.dtype.itemsize
     out = np.zeros((len(chunks), roi.height, roi.width), layout.dtype)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import h5py
@@ -52,15 +53,32 @@ class ReadStatus(IntEnum):
 @dataclass
 class _File:
     hdf5: h5py.File
+    growing: bool
+    """Whether a writer in SWMR mode had it when it was opened."""
+    state: tuple[int, int, int]
+    """Inode, size and time of the last change when it was opened."""
     datasets: dict[str, Any] = field(default_factory=dict)
     layouts: dict[str, ChunkLayout | None] = field(default_factory=dict)
+
+    def is_current(self, path: str) -> bool:
+        """Whether the file is what it was when it was opened, or has grown by SWMR."""
+        try:
+            inode, size, changed = _state(path)
+        except FileNotFoundError:  # moved away: what was announced is the one in hand
+            return True
+        if not self.growing:
+            return (inode, size, changed) == self.state
+        same = inode == self.state[0] and size >= self.state[1]
+        self.state = (inode, size, changed)
+        return same
 
 
 class FrameReader:
     """Reads ROIs of stored frames, and stored scalars.
 
-    Files stay open (the last `MAX_OPEN_FILES`), in SWMR mode where the writer allows. Several
-    threads may read at once: while one waits for the disk, others bin.
+    Files stay open (the last `MAX_OPEN_FILES`); one that was written meanwhile, other than in
+    SWMR mode, is opened anew. Several threads may read at once: while one waits for the disk,
+    others bin.
 
     Parameters
     ----------
@@ -224,6 +242,7 @@ class FrameReader:
         read = self._read_of(roi)
         try:
             dataset = self._dataset(stored)
+            opened = self._files[stored.path]
             length = dataset.shape[0] if dataset.ndim < 4 else dataset.shape[0] * dataset.shape[1]
             stored = _shared(stored, length)
             if roi and stored.rows_per_point * block.count > MAX_FRAMES:
@@ -236,17 +255,19 @@ class FrameReader:
                     f"{stored.path}:{stored.dataset} has {length} rows, row "
                     f"{stored.row + block.count * stored.rows_per_point - 1} was announced"
                 )
-                if not self._files[stored.path].hdf5.swmr_mode:
-                    self._forget(stored.path)
             n = min(available, block.count)
-            if not n:
-                return None, status, reason
             try:
+                if not n:
+                    return None, status, reason
                 if self._is_short(stored.path):
                     raise OSError("the file is shorter than it says")
                 values = read(dataset, stored, n)
+                self._check_unchanged(stored.path, opened)
             except OSError:
                 return self._one_by_one(block, n, read, status)
+            finally:
+                if n < block.count and not opened.growing:
+                    self._forget(stored.path)  # not told apart by time if written just now
         except NotYetError as error:
             status[:] = ReadStatus.RETRY
             return None, status, str(error)
@@ -272,7 +293,10 @@ class FrameReader:
                 dataset = self._dataset(stored)
                 if self._is_short(stored.path):
                     self._check_within(dataset, stored)
-                values[i] = read(dataset, stored, 1)[0]
+                opened = self._files[stored.path]
+                row = read(dataset, stored, 1)[0]
+                self._check_unchanged(stored.path, opened)
+                values[i] = row
             except OSError as error:
                 status[i] = ReadStatus.RETRY
                 reason = f"{stored.path}:{stored.dataset} row {stored.row}: {error}"
@@ -320,7 +344,9 @@ class FrameReader:
                 dataset = self._dataset(one)
                 if page >= dataset.shape[0]:
                     raise NotYetError(f"{path}:{stored.dataset} has no row {page}")
+                opened = self._files[path]
                 rows.append(self._read_of(roi)(dataset, one, 1)[0])
+                self._check_unchanged(path, opened)
             else:
                 image = read_tiff(self._roots.resolve(path) if self._roots else path, page)
                 if image.ndim != 2 or image.dtype.kind not in "uifb":
@@ -343,7 +369,14 @@ class FrameReader:
 
     def _is_short(self, path: str) -> bool:
         """Whether the file is truncated: in SWMR mode HDF5 gives zeros for what is cut off."""
-        return bool(os.stat(path).st_size < self._files[path].hdf5.id.get_filesize())
+        file = self._files[path].hdf5.id
+        return bool(os.fstat(file.get_vfd_handle()).st_size < file.get_filesize())
+
+    def _check_unchanged(self, path: str, opened: _File) -> None:
+        """Raise `NotYetError` if a file was written while it was read, other than by SWMR."""
+        if not opened.growing and not opened.is_current(path):
+            self._forget(path)
+            raise NotYetError(f"{path}: written while it was read")
 
     @staticmethod
     def _check_within(dataset: Any, stored: StoredRows) -> None:
@@ -375,24 +408,29 @@ class FrameReader:
         if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "uifb":
             what = dataset.dtype if isinstance(dataset, h5py.Dataset) else "a group"
             raise NeverError(f"expected a dataset of numbers, found {what}")
-        if file.swmr_mode and self._refresh:
+        if self._refresh:
             dataset.refresh()
         return dataset
 
     def _open(self, path: str) -> _File:
-        if path in self._files:
+        opened = self._files.get(path)
+        if opened is not None and opened.is_current(path):
             self._files.move_to_end(path)
-            return self._files[path]
+            return opened
+        self._forget(path)
         check_regular(path)
         real = self._roots.resolve(path) if self._roots else path
         try:
+            state = _state(real)
+            # in SWMR mode one that was closed, or is truncated, can be opened as well
             file = h5py.File(real, "r", libver="latest", swmr=True)
-        except (OSError, ValueError):
-            try:
-                file = h5py.File(real, "r")
-            except OSError as error:
-                raise NotYetError(f"{path}: {error}") from error
-        self._files[path] = _File(file)
+        except (OSError, ValueError) as error:
+            raise NotYetError(f"{path}: {error}") from error
+        growing = _has_swmr_writer(file)
+        if not growing and _is_locked(real):
+            file.close()
+            raise NotYetError(f"{path}: its writer has it open, and not in SWMR mode")
+        self._files[path] = _File(file, growing, state)
         while len(self._files) > MAX_OPEN_FILES:
             self._forget(next(iter(self._files)))
         return self._files[path]
@@ -419,6 +457,8 @@ class FrameReader:
         frames = None if stored.cut else self._direct(dataset, stored, n * k, roi)
         if frames is None:
             frames = _consecutive(dataset, stored.row, n * k, rows, cols)
+            if not stored.cut:
+                _check_chunks(dataset, stored.row, frames, roi)
         return frames if k == 1 else frames.reshape(n, k, *frames.shape[1:])
 
     @contextmanager
@@ -484,6 +524,52 @@ def _consecutive(dataset: Any, row: int, count: int, rows: slice, cols: slice) -
     frames = dataset[first : -(-(row + count) // k), :, rows, cols]
     frames = frames.reshape(-1, *frames.shape[2:])
     return frames[row - first * k :][:count]
+
+
+def _check_chunks(dataset: Any, row: int, frames: NDArray[Any], roi: ROI) -> None:
+    """Raise OSError where a frame (of n, rows, columns) is not written yet: HDF5 gives zeros."""
+    if dataset.ndim != 3 or not (dataset.chunks or dataset.is_virtual):
+        return
+    blank = np.flatnonzero(~frames.any(axis=(1, 2)))
+    if dataset.is_virtual and len(blank):
+        folder = Path(dataset.file.filename).parent
+        for name in {source.file_name for source in dataset.virtual_sources()} - {"."}:
+            if "%" not in name and not (folder / name).exists():
+                raise OSError(f"its source {name} is not there")
+    if dataset.chunks is None:
+        return
+    for i in blank:
+        place = (row + int(i), roi.row, roi.col)
+        chunk = tuple(at // size * size for at, size in zip(place, dataset.chunks, strict=True))
+        try:
+            dataset.id.read_direct_chunk(chunk)
+        except (OSError, RuntimeError, MemoryError) as error:  # of h5py, where there is none
+            raise OSError(f"row {place[0]} is not written yet") from error
+
+
+def _state(path: str) -> tuple[int, int, int]:
+    status = os.stat(path)
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _has_swmr_writer(file: h5py.File) -> bool:
+    """Whether the superblock, of version 3, says that a writer has the file in SWMR mode."""
+    header = os.pread(file.id.get_vfd_handle(), 12, file.userblock_size)
+    return header[8] >= 3 and bool(header[11] & 4)
+
+
+def _is_locked(path: str) -> bool:
+    """Whether a process of this machine has the file locked for writing, as HDF5 does.
+
+    The worker reads without locks, and to try one could keep a writer out.
+    """
+    status = os.stat(path)
+    place = f" {os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino} "
+    try:
+        locks = Path("/proc/locks").read_text()
+    except OSError:  # not Linux
+        return False
+    return any(place in line and " WRITE " in line for line in locks.splitlines())
 
 
 def _padded(values: NDArray[Any], count: int) -> NDArray[Any]:

@@ -150,7 +150,8 @@ class Analyzer:
         try:
             network, card = (store or ModelStore()).load(geometry)
         except (ModelNotFoundError, ModelRefusedError) as error:
-            missing = error
+            # its traceback knows this frame, and so all that is made below, and not freed at once
+            missing = error.with_traceback(None)
         else:
             start = {"start": "network", "architecture": card.architecture} | {
                 "weights_hash": card.sha256

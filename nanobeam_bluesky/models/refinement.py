@@ -71,8 +71,9 @@ _MODEL_ERROR = 0.05  # no misfit below this root mean square error of the model
 _JUMP = 8.0  # farther from the start, in σ of both, is no surprise only for a bad start
 _WIDE_PX = 0.25  # σ of shift_x from which the likelihood may have other maxima along it
 _UNKNOWN_PX = 1.0  # the same of the start
-_ASIDE = (-4, -3, -2, -1, 1, 2, 3, 4)  # where to look for them, in steps …
-_ASIDE_PX = 2.5  # … of 3 σ, but at least this
+_ASIDE = 4  # steps to either side to look for them, of 3 σ …
+_ASIDE_PX = 2.5  # … but at least this; no farther than where there is another …
+_HOPELESS = 40.0  # … whose deviance is higher by no more than this
 _LEAD = 4.0  # deviance by which another must be better: the start knew something, too
 _SAME = 0.3  # σ, up to which two maxima are the same
 _LEAST_BLUR_PX = 0.25  # of straight edges: sharper, they have a maximum in every pixel column
@@ -233,6 +234,11 @@ def _begin(
     sigma = np.sqrt(np.einsum("nij,nj->ni", slopes**2, known**2))
     trusted = np.clip(_TRUST * sigma, _LEAST_STEP, _LONGEST)
     reach = np.where(np.isfinite(sigma), trusted, _LONGEST)
+    # where the fringes are known and the pupil is less so, strain and ω err against each other:
+    # dq, their sum, does not
+    parts = np.abs(slopes[:, _DQ, :2]) * known[:, :2]
+    near = sigma[:, _X] < _UNKNOWN_PX
+    sigma[near, _DQ] = np.abs(parts[near, 0] - parts[near, 1])
     if thickness:
         part = np.nan_to_num(10 * start.thickness / plan.thickness, nan=1.0)
         first = np.column_stack([first, np.clip(part, *_THICKNESS_RANGE) * plan.thickness])
@@ -289,10 +295,22 @@ def _look_aside(
         )
     ]
     sigma = np.sqrt(found[0].covariance[:, _X, _X])
-    for side in _ASIDE:
-        begin = found[0].values[:, :parameters].copy()
-        begin[:, _X] += side * np.maximum(3 * sigma, _ASIDE_PX)
-        found.append(fit_from(begin, np.tile(_LONGEST, (len(which), 1)), which))
+    for side in (-1, 1):
+        going = np.arange(len(which))
+        for step in range(1, _ASIDE + 1):
+            begin = found[0].values[going, :parameters]
+            begin[:, _X] += side * step * np.maximum(3 * sigma[going], _ASIDE_PX)
+            other = Fitted._make(map(np.zeros_like, found[0]))
+            part = fit_from(begin, np.tile(_LONGEST, (len(going), 1)), which[going])
+            for ours, theirs in zip(other, part, strict=True):
+                ours[going] = theirs
+            found.append(other)
+            way = np.abs(other.values[:, _X] - found[0].values[:, _X])
+            worse = other.quality[:, 0] - found[0].quality[:, 0]
+            more = other.converged & (way > _SAME * sigma) & (worse < _HOPELESS)
+            going = np.flatnonzero(more)
+            if not len(going):
+                break
     deviance = np.stack([f.quality[:, 0] for f in found])
     deviance[~np.stack([f.converged for f in found])] = np.inf
     covariance = np.stack([f.covariance for f in found])[..., :_SHIFTS, :_SHIFTS]

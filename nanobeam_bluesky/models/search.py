@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping
 from functools import lru_cache
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,8 @@ __all__ = ["library_search"]
 
 _STEP_PX = 2.5  # between neighbours, of the pupil's shift
 _STEP_FRINGE = 0.25  # between neighbours, of t dq / 2π
-_LARGEST = 2**26  # numbers of a library, 256 MiB: 16384 patterns of 64×64
+_MAKING = Lock()  # once, not once a thread
+_LARGEST = 2**25  # numbers of a library, 128 MiB: 8192 patterns of 64×64
 _COARSER = 1.05
 _SLICE = 256  # patterns that are compared at a time
 _FLOOR = 0.02  # of the peak: background and hot pixels must not decide
@@ -94,7 +96,8 @@ def likeliest(
 ) -> Likeliest:
     """Do what `library_search` does; return the second choice too."""
     limits = RANGES | dict(ranges or {})
-    library = _library(geometry, tuple(limits[name] for name in PARAMETERS))
+    with _MAKING:
+        library = _library(geometry, tuple(limits[name] for name in PARAMETERS))
     n = len(patterns)
     flat = np.asarray(patterns).reshape(n, -1)
     first, second, lead = np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(n)

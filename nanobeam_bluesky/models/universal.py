@@ -232,8 +232,8 @@ class ReducedNet(_TwoLooks):
         self.register_buffer("units", torch.ones(3))
         # slope and offset of `Reduced`; g, omega_px, chi_px and dq_px of its plan
         self.register_buffer("scales", torch.ones(6, dtype=torch.float64))
-        self._key: list[tuple[int, int]] = []  # of the weights that `_fold` is made of
-        self._fold: tuple[Tensor, Looker, Looker]
+        # what tells the weights from others, and what is made of them: one, for several threads
+        self._fold: tuple[Any, tuple[Tensor, Looker, Looker]] | None = None
 
     def forward(self, counts: Tensor) -> Tensor:
         """Of counts (n, 1, ny, nx): strain, ω, χ (deg) and their σ, (n, 6)."""
@@ -264,9 +264,10 @@ class ReducedNet(_TwoLooks):
         """`_lookers`, folded once for the weights as they are."""
         weights = (*self.parameters(), self.condition)
         key = [(w.data_ptr(), w._version) for w in weights]
-        if key != self._key:
-            self._key, self._fold = key, self._lookers(folded=True)
-        return self._fold
+        fold = self._fold
+        if fold is None or fold[0] != key:
+            fold = self._fold = key, self._lookers(folded=True)
+        return fold[1]
 
     def _angles(self, labels: Tensor) -> Tensor:
         """From `Reduced.units` and log σ, (n, 6), to strain and tilts."""

@@ -10,6 +10,7 @@ import stat
 import threading
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,7 +163,7 @@ class FileWatch:
 
 
 @dataclass
-class _Run:
+class _Run(ABC):
     """One run in the making."""
 
     name: str
@@ -206,9 +207,9 @@ class _Run:
             return True
         return self.close("success", f"no growth for {self.idle:g} s")
 
+    @abstractmethod
     def look(self, now: float) -> None:
         """Read what is new, and announce it."""
-        raise NotImplementedError
 
     def open(self, shape: tuple[int, int], frame: Any, resource: Mapping[str, Any]) -> None:
         """Emit what the run begins with."""

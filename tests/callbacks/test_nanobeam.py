@@ -2,9 +2,12 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -14,7 +17,7 @@ from bluesky.callbacks.mpl_plotting import LivePlot
 from bluesky.utils import RunEngineInterrupted
 from event_model import DocumentNames, schema_validators
 
-from nanobeam_bluesky.callbacks import NanobeamCallback
+from nanobeam_bluesky.callbacks import BackgroundSink, NanobeamCallback
 from nanobeam_bluesky.documents import to_maps
 from nanobeam_bluesky.geometry import ROI, Geometry
 from nanobeam_bluesky.models import Flag
@@ -374,6 +377,150 @@ def test_a_killed_worker_loses_no_point(RE, callback, derived, geometry, tmp_pat
     compare(run, sample)
     assert run[-1][1]["exit_status"] == "success"
     assert callback.health.worker_restarts == restarts + 1
+
+
+def recorded(RE, geometry, tmp_path, sample):
+    """Documents of a scan, and its stream resource of frames."""
+    documents = []
+    sxdm = SimulatedSXDM(sample, geometry, tmp_path, counts=20_000)
+    RE(sxdm_fly(sxdm), lambda name, doc: documents.append((name, doc)))
+    resources = [doc for name, doc in documents if name == "stream_resource"]
+    return documents, next(doc for doc in resources if doc["data_key"] == "sxdm_image")
+
+
+def test_a_worker_that_hangs_costs_the_points_that_it_hangs_on(
+    RE, callback, derived, geometry, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("nanobeam_bluesky.callbacks.worker_client.HUNG_SECONDS", 2.0)
+    monkeypatch.setattr("nanobeam_bluesky.documents.pipeline.TASK_POINTS", 7)
+    os.mkfifo(tmp_path / "fifo")  # HDF5 waits for ever for who writes to it
+    with h5py.File(tmp_path / "hangs.h5", "w") as file:
+        file["frames"] = h5py.ExternalLink(str(tmp_path / "fifo"), "frames")
+    sample = phantom("unique", SHAPE)
+    documents, images = recorded(RE, geometry, tmp_path / "raw", sample)
+    (raw,) = (tmp_path / "raw").iterdir()
+    content, restarts = raw.read_bytes(), callback.health.worker_restarts
+    hangs = images | {
+        "uid": "hangs",
+        "uri": f"file://localhost{tmp_path}/hangs.h5",
+        "parameters": images["parameters"] | {"dataset": "frames"},
+    }
+    for name, doc in documents:
+        ours = doc.get("stream_resource") == images["uid"]
+        fourth = ours and doc["seq_nums"]["start"] == 22
+        callback(name, doc | {"stream_resource": "hangs"} if fourth else doc)
+        if doc is images:
+            callback(name, hangs)
+    assert callback.wait(60)
+    (run,) = split(derived)
+    flags = flagged(run)
+    assert {point for point, flag in flags.items() if flag} == set(range(22, 29))
+    assert len(flags) == sample.size
+    assert run[-1][1]["reason"] == "the worker process did not answer for 2 s"
+    assert callback.health.worker_restarts >= restarts + 2
+    assert raw.read_bytes() == content
+
+
+def test_a_writer_without_swmr_is_never_kept_from_its_file(
+    RE, callback, derived, geometry, tmp_path, monkeypatch
+):
+    """Row by row it opens the file, appends and closes, while the worker looks for the row."""
+    monkeypatch.setattr("nanobeam_bluesky.documents.pipeline.RETRY_SECONDS", (0.0,))
+    sample = phantom("unique", (4, 5))
+    documents, images = recorded(RE, geometry, tmp_path / "raw", sample)
+    with h5py.File(next((tmp_path / "raw").iterdir())) as file:
+        frames = file["entry/data/data"][:]
+    path = tmp_path / "plain.h5"
+    for name, doc in documents[:-1]:
+        if doc.get("stream_resource") == images["uid"]:
+            datum = doc
+        else:
+            callback(name, doc | {"uri": f"file://localhost{path}"} if doc is images else doc)
+    with h5py.File(path, "w") as file:
+        file.create_dataset("entry/data/data", (0, 160, 144), "u2", maxshape=(None, 160, 144))
+    while not derived:  # the worker is at work
+        time.sleep(0.02)
+    for first in range(0, 20, 5):
+        limits = {"start": first, "stop": first + 5}
+        numbers = {"start": first + 1, "stop": first + 6}
+        row = {"uid": f"row {first}", "indices": limits, "seq_nums": numbers}
+        callback("stream_datum", datum | row)
+        for count in range(first + 1, first + 6):
+            for _ in range(10):
+                with h5py.File(path, "a"):
+                    pass
+                time.sleep(0.003)
+            with h5py.File(path, "a") as file:
+                file["entry/data/data"].resize(count, axis=0)
+                file.flush()  # the frame is not there yet
+                time.sleep(0.02)
+                file["entry/data/data"][count - 1] = frames[count - 1]
+    callback(*documents[-1])
+    assert callback.wait(60)
+    (run,) = split(derived)
+    compare(run, sample)
+    with h5py.File(path) as file:
+        np.testing.assert_array_equal(file["entry/data/data"], frames)
+
+
+KILLED = """
+import os, signal, sys, time
+from bluesky import RunEngine
+from nanobeam_bluesky.callbacks import BackgroundSink, NanobeamCallback
+from nanobeam_bluesky.geometry import Geometry
+from nanobeam_bluesky.sim import SimulatedSXDM, phantom, sxdm_fly
+
+def refuse(name, doc):
+    pages.append(name)
+    raise ConnectionRefusedError("Tiled is down")
+
+def kill(name, doc):
+    callback(name, doc)
+    if name == "stream_datum" and doc["seq_nums"]["stop"] > 30:
+        while callback.health.spooled < 3:
+            time.sleep(0.01)
+        print(callback.health.worker_pid, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+pages = []
+geometry = Geometry.model_validate_json(sys.stdin.read())
+callback = NanobeamCallback()
+callback.subscribe(BackgroundSink(refuse, spool=f"{sys.argv[1]}/spool"))
+RE = RunEngine(context_managers=[])
+sample = phantom("unique", (6, 7))
+RE(sxdm_fly(SimulatedSXDM(sample, geometry, f"{sys.argv[1]}/raw"), dwell_s=0.02), kill)
+"""
+
+
+def test_after_the_run_engine_was_killed_the_next_process_goes_on(
+    RE, callback, derived, geometry, tmp_path
+):
+    found = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)],
+        input=geometry.model_dump_json(exclude_none=True),
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    assert found.returncode == -signal.SIGKILL
+    end = time.monotonic() + 10
+    while Path(f"/proc/{int(found.stdout)}").exists():  # its worker ends by itself
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    with h5py.File(next((tmp_path / "raw").iterdir()), locking=False, swmr=True) as file:
+        assert len(file["entry/data/data"]) >= 30
+    tiled = []
+    sink = BackgroundSink(lambda name, doc: tiled.append((name, doc)), spool=tmp_path / "spool")
+    token = callback.subscribe(sink)
+    sample = phantom("unique", (4, 5))
+    RE(sxdm_fly(SimulatedSXDM(sample, geometry, tmp_path, counts=20_000)), callback)
+    assert callback.wait(30)
+    callback.unsubscribe(token)
+    interrupted, complete = split(tiled)
+    assert [name for name, _ in interrupted[:2]] == ["start", "descriptor"]
+    assert {name for name, _ in interrupted[2:]} == {"event_page"}  # and no stop
+    assert complete == derived
+    compare(complete, sample)
 
 
 def test_vanished_frames_are_flagged_and_the_rest_analysed(engine, tmp_path, monkeypatch):

@@ -15,16 +15,28 @@ import numpy as np
 import pytest
 import tifffile
 from bluesky import RunEngine
+from bluesky.utils import RunEngineInterrupted
 from event_model import compose_resource, compose_stream_resource
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ophyd.status import Status
 from ophyd_async.core import StaticPathProvider, TriggerInfo, UUIDFilenameProvider, init_devices
 from ophyd_async.sim import SimBlobDetector
 
 from nanobeam_bluesky.callbacks import NanobeamCallback
-from nanobeam_bluesky.documents import AnalyzerChoice, Tally, derive, read_documents
+from nanobeam_bluesky.documents import (
+    AnalyzerChoice,
+    FrameReader,
+    RunPipeline,
+    Tally,
+    derive,
+    processing,
+    read_documents,
+)
 from nanobeam_bluesky.documents.binning import bin_frames
 from nanobeam_bluesky.geometry import Geometry
 from nanobeam_bluesky.models import Analyzer, Flag
+from nanobeam_bluesky.presets import Preset
 from nanobeam_bluesky.sim import SimulatedSXDM, phantom, sxdm_fly
 from nanobeam_bluesky.tiled_adapters import open_catalog, raw_writer
 
@@ -540,34 +552,297 @@ def test_a_million_points_announced_by_mistake_cost_nothing(engine, scan, expect
     np.testing.assert_array_equal(columns(derived)["strain"], expected["strain"])
 
 
+# --------------------------------------------------- interrupted, incomplete, in disorder
+
+
+class Steps:
+    """A detector that is read point by point; its frames go into events or a growing file."""
+
+    parent, name = None, "sxdm"
+
+    def __init__(self, scan, folder, dialect):
+        self.scan, self.dialect = scan, dialect
+        self.path = Path(folder) / "steps.h5"
+        self.taken, self.point, self.spoiled, self.new = 0, 0, {7}, []
+        with h5py.File(self.path, "w") as file:
+            file.create_dataset("d", (0, 160, 144), "u2", maxshape=(None, 160, 144))
+        parameters = {"dataset": "d", "chunk_shape": [1, 160, 144]}
+        self.stream = Streams.stream("application/x-hdf5", self.path, "sxdm_image", parameters)
+        self.resource = compose_resource(
+            start={"uid": "unused"},
+            spec="AD_HDF5",
+            root=str(folder),
+            resource_path=self.path.name,
+            resource_kwargs={"frame_per_point": 1, "dataset": "d"},
+        )
+
+    def set(self, point):
+        self.point = point
+        return finished()
+
+    def trigger(self):
+        """Take a frame; the first of the eighth point is no good."""
+        self.frame = self.scan.frames[self.point]
+        if self.point in self.spoiled:
+            self.spoiled.remove(self.point)
+            self.frame = self.frame[::-1]
+        if self.dialect != "embedded":
+            with h5py.File(self.path, "a") as file:
+                file["d"].resize(self.taken + 1, axis=0)
+                file["d"][self.taken] = self.frame
+        if self.dialect == "datums":
+            if not self.taken:
+                resource = self.resource.resource_doc
+                self.new.append(
+                    ("resource", {k: resource[k] for k in resource if k != "run_start"})
+                )
+            self.datum = self.resource.compose_datum(datum_kwargs={"point_number": self.taken})
+            self.new.append(("datum", self.datum))
+        if self.dialect == "streams":
+            if not self.taken:
+                self.new.append(("stream_resource", self.stream.stream_resource_doc))
+            indices = {"start": self.taken, "stop": self.taken + 1}
+            self.new.append(("stream_datum", self.stream.compose_stream_datum(indices)))
+        self.taken += 1
+        return finished()
+
+    def describe(self):
+        described = Flyer.describe_collect(self)
+        if self.dialect == "datums":
+            described["sxdm_image"]["external"] = "FILESTORE:"
+        if self.dialect == "streams":
+            described["sxdm_image"] |= {"external": "STREAM:", "shape": [1, 160, 144]}
+        return described
+
+    def read(self):
+        values = {m: float(v[self.point]) for m, v in self.scan.positions.items()}
+        if self.dialect == "embedded":
+            values["sxdm_image"] = self.frame
+        if self.dialect == "datums":
+            values["sxdm_image"] = self.datum["datum_id"]
+        return {key: {"value": value, "timestamp": 0.0} for key, value in values.items()}
+
+    def get_index(self):
+        return self.taken
+
+    def collect_asset_docs(self, index=None):
+        new, self.new = self.new, []
+        yield from new
+
+
+def step(device):
+    """Take all points, and pause after the eighth."""
+    yield from bps.open_run(device.scan.md)
+    for point in range(POINTS):
+        yield from bps.checkpoint()
+        yield from bps.abs_set(device, point, wait=True)
+        yield from bps.trigger_and_read([device])
+        if point == 7:
+            yield from bps.pause()
+    yield from bps.close_run()
+
+
+@pytest.mark.parametrize(
+    ("action", "status", "points"),
+    [
+        ("resume", "success", POINTS),
+        ("stop", "success", 8),
+        ("abort", "abort", 8),
+        ("halt", "abort", 8),
+    ],
+)
+@pytest.mark.parametrize("dialect", ["embedded", "datums", "streams"])
+def test_an_interrupted_scan_keeps_every_point_that_was_announced(
+    engine, scan, expected, tmp_path, dialect, action, status, points
+):
+    documents = []
+    with pytest.raises(RunEngineInterrupted):
+        engine(
+            step(Steps(scan, tmp_path, dialect)), lambda name, doc: documents.append((name, doc))
+        )
+    token = engine.subscribe(lambda name, doc: documents.append((name, doc)))
+    getattr(engine, action)(*(["the beam is gone"] if action == "abort" else []))
+    engine.unsubscribe(token)
+    derived = list(derive(documents, choice=CHOICE))
+    stop = derived[-1][1]
+    assert (stop["exit_status"], documents[-1][1]["exit_status"]) == (status, status)
+    assert stop["num_events"] == {"primary": points}
+    assert ("the beam is gone" in stop["reason"]) == (action == "abort")
+    found = by_point(derived)
+    assert {f["flags"] for p, f in found.items() if p != 8} == {0}
+    # of the eighth there is no good frame unless it was taken again
+    assert_as_expected(found, expected, {*found} - ({8} if points == 8 else set()))
+
+
+def assert_as_expected(found, expected, points):
+    for name, values in expected.items():
+        there = [found[point][name] for point in points]
+        wanted = [values[point - 1] for point in points]
+        np.testing.assert_allclose(there, wanted, rtol=0, atol=1e-12)
+
+
+def by_point(derived):
+    """Point number → its fields."""
+    return {
+        number: {key: column[i] for key, column in doc["data"].items()}
+        for name, doc in derived
+        if name == "event_page"
+        for i, number in enumerate(doc["seq_num"])
+    }
+
+
+class Ready:
+    """An executor that works at once, its analyzer made once."""
+
+    def __init__(self, geometry):
+        self.analyzer = Analyzer.for_geometry(geometry, method="network")
+
+    def open(self, pipeline, geometry, choice):
+        self.reader = FrameReader(geometry)
+        pipeline.opened(self.analyzer.settings)
+
+    def submit(self, pipeline, task):
+        pipeline.processed(processing._process(task, self.analyzer, self.reader))
+
+    def close(self, pipeline):
+        self.reader.close()
+
+
+@pytest.fixture(scope="module")
+def ready(geometry):
+    return Ready(geometry)
+
+
+RECORDED = {
+    "embedded": (Pages, {}),
+    "datums": (Datums, {}),
+    "streams": (Streams, {"rows": 1, "widths": (2, 2)}),
+}
+
+
+@pytest.fixture(scope="module")
+def complete(engine, scan, tmp_path_factory):
+    """Documents of one scan in each dialect; events are single where they may be."""
+    return {
+        name: list(
+            one_by_one(recorded(engine, fly(kind(scan, tmp_path_factory.mktemp(name), **options))))
+        )
+        for name, (kind, options) in RECORDED.items()
+    }
+
+
+def points_of(name, doc, documents):
+    """Points that cannot be known without a document."""
+    if name == "event":
+        return {doc["seq_num"]}
+    if name == "stream_datum":
+        return set(range(doc["seq_nums"]["start"], doc["seq_nums"]["stop"]))
+    if name == "datum":
+        events = [d for n, d in documents if n == "event"]
+        return {d["seq_num"] for d in events if doc["datum_id"] in d["data"].values()}
+    if name == "stream_resource":
+        uses = [d for _, d in documents if d.get("stream_resource") == doc["uid"]]
+        return set().union(*(points_of("stream_datum", d, documents) for d in uses))
+    return set(range(1, POINTS + 1))
+
+
+@pytest.mark.parametrize("dialect", RECORDED)
+@given(data=st.data())
+@settings(max_examples=10, deadline=None)
+def test_whatever_is_lost_repeated_or_late_costs_its_own_points_only(
+    dialect, complete, expected, ready, data
+):
+    """Documents come in any order after their descriptor, with keys that nobody knows."""
+    documents = complete[dialect]
+    start, descriptor, *rest, stop = documents
+    draw = data.draw
+    lost = [rest[i] for i in draw(st.sets(st.integers(0, len(rest) - 1), max_size=2))]
+    kept = [item for item in rest if item not in lost]
+    kept += draw(st.lists(st.sampled_from(kept), max_size=3))
+    order = draw(st.permutations(kept))
+    unknown = draw(st.dictionaries(st.text(max_size=3).map("x_{}".format), st.integers()))
+    senseless = {"uid": "x", "seq_num": None, "seq_nums": None, "datum_id": {}}
+    broken = [(n, doc | senseless) for n, doc in draw(st.lists(st.sampled_from(rest), max_size=2))]
+    come = [*((n, doc | unknown) for n, doc in order), *broken]
+    derived = []
+    pipeline = RunPipeline(
+        start[1], Preset.load("default"), ready, lambda n, d: derived.append((n, d))
+    )
+    for i, item in enumerate([descriptor, *come, stop]):
+        pipeline.document(*item)
+        if i % 8 == 0:
+            pipeline.poll()
+    pipeline.poll()
+    assert pipeline.closed
+    found = by_point(derived)
+    affected = set().union(*(points_of(*item, documents) for item in lost))
+    good = {number for number, point in found.items() if not point["flags"]}
+    assert good | affected == set(range(1, POINTS + 1)), derived[-1][1]
+    assert_as_expected(found, expected, good)
+    if len(found) < POINTS:
+        assert derived[-1][1]["exit_status"] == "fail"
+
+
 # --------------------------------------------------------------------- the callback's
 
 
 def test_datums_reach_the_worker_process_that_reads_them(engine, scan, expected, tmp_path):
-    """By a handler, under another mount, while documents of another run come in between."""
+    """By a handler, under another mount, while another run is interleaved."""
     device = Datums(scan, tmp_path, spec="NPY_SEQ", points=COLUMNS)
     device.resource["root"] = "/ioc/data"
     other = recorded(engine, fly(Datums(scan, tmp_path / "a")))
+    uid = other[0][1]["uid"]
     callback = NanobeamCallback(
         "network", root_map={"/ioc": str(tmp_path.parent), "/ioc/data": str(tmp_path)}
     )
     derived = []
     callback.subscribe(lambda name, doc: derived.append((name, doc)))
-    between = iter([("start", {"uid": other[0][1]["uid"], "time": 0.0}), *other[1:]])
+    between = iter(other)
 
     def both(name, doc):
         callback(name, doc)
-        callback(*next(between))
+        for item in between:
+            callback(*item)
+            if name != "stop":
+                break
 
     engine(fly(device), both)
     try:
         assert callback.wait(100)
-        assert (callback.health.points_seen, callback.health.errors) == (POINTS, 0)
+        assert (callback.health.points_seen, callback.health.errors) == (2 * POINTS, 0)
     finally:
         callback.close()
-    found = columns(derived)
-    for name in ("strain", "counts", "flags", *MOTORS):
-        np.testing.assert_allclose(found[name], expected[name], rtol=1e-12)
+    starts = {
+        doc["uid"]: doc["original_run_uid"] == uid for name, doc in derived if name == "start"
+    }
+    ours = {doc["uid"]: starts[doc["run_start"]] for name, doc in derived if name == "descriptor"}
+    for which in (True, False):
+        found = columns([(n, d) for n, d in derived if ours.get(d.get("descriptor")) is which])
+        for name in ("strain", "counts", "flags", *MOTORS):
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-12)
+
+
+def test_datums_before_their_resource_are_of_the_run_that_flies(engine, scan, tmp_path):
+    """Not of the one before, which has stopped and is still analysed."""
+    documents = events_first(recorded(engine, fly(Datums(scan, tmp_path))))
+    callback = NanobeamCallback("correlation")
+    derived = []
+    callback.subscribe(lambda name, doc: derived.append((name, doc)))
+    text = json.dumps(documents)
+    uids = [doc["uid"] for name, doc in documents if name in ("start", "descriptor", "resource")]
+    for mark in "ab":
+        for uid in uids:
+            text = text.replace(uid, mark + uid[1:])
+        uids = [mark + uid[1:] for uid in uids]
+        for name, doc in json.loads(text):
+            callback(name, doc)
+    try:
+        assert callback.wait(60)
+        assert (callback.health.points_analysed, callback.health.errors) == (2 * POINTS, 0)
+    finally:
+        callback.close()
+    assert [d["exit_status"] for n, d in derived if n == "stop"] == ["success"] * 2
+    assert not any(sum(d["data"]["flags"]) for n, d in derived if n == "event_page")
 
 
 # ----------------------------------------------------------------------- ophyd-async

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 from subprocess import PIPE, Popen
 from typing import get_args
 
@@ -189,6 +190,85 @@ def test_a_file_whose_writer_has_no_swmr_is_read_when_it_is_closed(tmp_path):
     assert reader.patterns(block)[2].tolist() == [OK]
 
 
+def test_rows_that_are_announced_before_they_are_written_are_waited_for(tmp_path):
+    """HDF5 would give zeros for them."""
+    data = frames(4)
+    reader = FrameReader(geometry())
+    with h5py.File(tmp_path / "a.h5", "w", libver="latest") as file:
+        for name, options in (("d", {}), ("z", {"compression": "gzip"})):
+            file.create_dataset(name, data.shape, "<u2", chunks=(1, 512, 512), **options)
+        file.swmr_mode = True
+        for name in "dz":
+            block = PointBlock(1, 4, StoredRows(str(tmp_path / "a.h5"), name, 0))
+            for n in range(5):
+                if n:
+                    file[name][n - 1] = data[n - 1]
+                    file[name].flush()
+                patterns, _, status, reason = reader.patterns(block)
+                assert status.tolist() == [OK] * n + [RETRY] * (4 - n)
+                assert n == 4 or "row 3 is not written yet" in reason
+            np.testing.assert_array_equal(patterns[3], plain_pattern(data[3], geometry()))
+
+
+def test_frames_of_a_virtual_dataset_wait_for_their_file(tmp_path):
+    data = frames(4)
+    layout = h5py.VirtualLayout(data.shape, "u2")
+    for i in range(2):
+        layout[2 * i : 2 * i + 2] = h5py.VirtualSource(f"{i}.h5", "entry/data", (2, 512, 512))
+    with h5py.File(tmp_path / "a.h5", "w", libver="latest") as file:
+        file.create_virtual_dataset("d", layout)
+    reader = FrameReader(geometry())
+    block = PointBlock(1, 4, StoredRows(str(tmp_path / "a.h5"), "d", 0))
+    write(tmp_path / "0.h5", data[:2])
+    _, _, status, reason = reader.patterns(block)
+    assert (status.tolist(), "1.h5 is not there" in reason) == ([OK, OK, RETRY, RETRY], True)
+    write(tmp_path / "1.h5", data[2:])
+    patterns, _, status, _ = reader.patterns(block)
+    assert status.tolist() == [OK] * 4
+    np.testing.assert_array_equal(patterns[3], plain_pattern(data[3], geometry()))
+
+
+@pytest.mark.parametrize("swmr", [False, True])
+@pytest.mark.parametrize("how", ["replaced", "written over"])
+def test_another_file_of_the_same_name_is_read_instead(tmp_path, how, swmr):
+    data = frames(5)
+    reader = FrameReader(geometry())
+    with h5py.File(tmp_path / "a.h5", "w", libver="latest") as file:
+        file.create_dataset("entry/data", data=data[:3], chunks=(1, 512, 512))
+        if swmr:
+            file.swmr_mode = True
+        else:
+            file.close()
+        block = PointBlock(1, 3, StoredRows(str(tmp_path / "a.h5"), "entry/data", 0))
+        assert reader.patterns(block)[2].tolist() == [OK] * 3
+    if how == "replaced":
+        write(tmp_path / "b.h5", data[3:])
+        os.replace(tmp_path / "b.h5", tmp_path / "a.h5")
+    else:
+        (tmp_path / "a.h5").write_bytes(Path(write(tmp_path / "b.h5", data[3:]).path).read_bytes())
+    patterns, _, status, _ = reader.patterns(block)
+    assert status.tolist() == [OK, OK, RETRY]
+    np.testing.assert_array_equal(patterns[0], plain_pattern(data[3], geometry()))
+
+
+def test_what_was_open_when_its_file_was_moved_away_is_read_on(tmp_path):
+    stored = write(tmp_path / "a.h5", frames(2))
+    reader = FrameReader(geometry())
+    assert reader.patterns(PointBlock(1, 1, stored))[2].tolist() == [OK]
+    os.rename(stored.path, tmp_path / "b.h5")
+    patterns, _, status, _ = reader.patterns(PointBlock(1, 2, stored))
+    assert status.tolist() == [OK] * 2
+    np.testing.assert_array_equal(patterns[1], plain_pattern(frames(2)[1], geometry()))
+
+
+def test_a_file_that_is_truncated_while_it_is_read_loses_only_what_is_cut_off(tmp_path):
+    stored = write(tmp_path / "a.h5", frames(4))
+    reader = FrameReader(geometry())
+    assert reader.patterns(PointBlock(1, 1, stored))[2].tolist() == [OK]
+    os.truncate(stored.path, os.path.getsize(stored.path) * 5 // 8)
+    assert reader.patterns(PointBlock(1, 4, stored))[2].tolist() == [OK, OK, RETRY, RETRY]
+
+
 def test_a_truncated_file_loses_only_what_is_cut_off(tmp_path):
     stored = write(tmp_path / "a.h5", frames(4))
     os.truncate(stored.path, os.path.getsize(stored.path) * 5 // 8)
@@ -225,25 +305,34 @@ def test_frames_of_the_wrong_kind_are_never_readable(tmp_path, data, words):
     assert re.search(words, reason)
 
 
-def test_a_device_file_is_never_opened():
-    _, _, status, reason = FrameReader(geometry()).patterns(
-        PointBlock(1, 1, StoredRows("/dev/zero", "d", 0))
-    )
-    assert status.tolist() == [NEVER]
-    assert "regular file" in reason
+@pytest.mark.parametrize(
+    ("dataset", "changes"),
+    [
+        ("d", {}),
+        ("d", {"rows_per_file": 1}),
+        ("", {"rows_per_file": 1}),
+        ("", {"handler": json.dumps(["NPY_SEQ", {}, {"index": 0}])}),
+    ],
+    ids=["HDF5", "HDF5 files", "TIFF files", "handler"],
+)
+def test_what_is_no_file_of_its_own_is_never_opened(tmp_path, dataset, changes):
+    """A FIFO that nobody writes to would be waited for for ever."""
+    os.mkfifo(tmp_path / "fifo")
+    write(tmp_path / "real.h5", frames(1))
+    (tmp_path / "link").symlink_to(tmp_path / "real.h5")
+    reader = FrameReader(geometry())
+    for path in ("/dev/zero", tmp_path / "fifo", tmp_path / "link"):
+        stored = StoredRows(str(path), dataset, 0, **changes)
+        for read in (reader.patterns, reader.scalars):
+            *_, status, reason = read(PointBlock(1, 1, stored))
+            assert (status.tolist(), "regular file" in reason) == ([NEVER], True), (path, reason)
 
 
-def test_a_symbolic_link_is_never_followed_but_those_of_folders_are(tmp_path):
+def test_links_of_folders_are_followed(tmp_path):
     (tmp_path / "real").mkdir()
     stored = write(tmp_path / "real" / "a.h5", frames(1))
-    (tmp_path / "link.h5").symlink_to(stored.path)
     (tmp_path / "folder").symlink_to(tmp_path / "real")
     reader = FrameReader(geometry())
-    _, _, status, reason = reader.patterns(
-        PointBlock(1, 1, replace(stored, path=str(tmp_path / "link.h5")))
-    )
-    assert status.tolist() == [NEVER]
-    assert "symbolic link" in reason
     through = replace(stored, path=str(tmp_path / "folder" / "a.h5"))
     assert reader.patterns(PointBlock(1, 1, through))[2].tolist() == [OK]
 

@@ -1,13 +1,25 @@
 """One raw run becomes one derived run; here the executor works at once."""
 
+import os
+import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from jsonschema import ValidationError
 
-from nanobeam_bluesky.documents import AnalyzerChoice, Processor, RunPipeline, Tally, to_maps
+from nanobeam_bluesky.documents import (
+    AnalyzerChoice,
+    DerivedRun,
+    Processor,
+    RunPipeline,
+    ScanGrid,
+    Tally,
+    to_maps,
+)
 from nanobeam_bluesky.documents import pipeline as module
 from nanobeam_bluesky.models import Flag
 from nanobeam_bluesky.presets import Preset
@@ -169,6 +181,84 @@ def test_an_older_frame_of_a_point_never_replaces_a_newer_one(record, tmp_path, 
     np.testing.assert_array_equal(to_maps(derived)["counts"], to_maps(reference)["counts"])
 
 
+# ------------------------------------------------------------ files that are not readable
+
+
+@contextmanager
+def as_nobody():
+    """Root may read everything."""
+    user = os.geteuid()
+    os.seteuid(user or 65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def locked(path):
+    path.chmod(0)
+    return lambda: path.chmod(0o644)
+
+
+def not_there(path):
+    path.rename(path.with_suffix(".part"))
+    return lambda: path.with_suffix(".part").rename(path)
+
+
+def cut_off(path):
+    """As on a network where its end comes late."""
+    content = path.read_bytes()
+    os.truncate(path, 3000)
+    return lambda: path.write_bytes(content)
+
+
+@pytest.fixture
+def shared_folder():
+    """A folder of its own that anybody may read."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+@pytest.mark.parametrize("withhold", [locked, not_there, cut_off])
+def test_points_wait_for_their_file_until_the_deadline(
+    RE, geometry, shared_folder, monkeypatch, withhold, comes_back
+):
+    monkeypatch.setattr(module, "DEADLINE_SECONDS", 10.0 if comes_back else 0.3)
+    documents = []
+    sxdm = SimulatedSXDM(phantom("unique", (4, 5)), geometry, shared_folder, counts=20_000)
+    RE(sxdm_fly(sxdm), lambda name, doc: documents.append((name, doc)))
+    reference, _ = analyse(documents)
+    (path,) = shared_folder.iterdir()
+    content = path.read_bytes()
+    give_back = withhold(path)
+    executor = Inline()
+    process = executor.processor.process
+
+    def read_as_nobody(task):
+        with as_nobody():
+            done = process(task)
+        if len(executor.tasks) == 2 and comes_back:
+            give_back()
+        return done
+
+    executor.processor.process = read_as_nobody
+    derived, tally = analyse(documents, executor=executor)
+    if not comes_back:
+        give_back()
+    assert path.read_bytes() == content
+    maps = to_maps(derived)
+    assert derived[-1][1]["num_events"] == {"primary": 20}
+    if comes_back:
+        np.testing.assert_array_equal(maps["strain"], to_maps(reference)["strain"])
+        assert tally.errors == 0
+    else:
+        assert bool((maps["flags"] == Flag.FRAME_MISSING | Flag.POSITION_MISSING).all())
+        words = {locked: "ermission denied", not_there: "No such file", cut_off: "truncated"}
+        assert words[withhold] in derived[-1][1]["reason"]
+
+
 def test_points_that_only_the_stop_document_knows_of_make_the_run_fail(record):
     documents = record()
     name, stop = documents[-1]
@@ -219,3 +309,13 @@ def test_a_run_without_frames_closes_empty(record):
 def test_maps_of_what_is_no_derived_run_are_refused(record):
     with pytest.raises(ValueError, match="not a derived run"):
         to_maps(record())
+
+
+def test_a_document_unlike_those_before_is_validated(geometry):
+    """Those that are alike are validated once."""
+    start = {"uid": "raw", "shape": [2, 3], "nanobeam": {}}
+    grid = ScanGrid(Preset.load("default").scan_metadata(start))
+    for sample in ("film", "film 2"):
+        DerivedRun(start | {"sample": sample}, geometry, grid, {}).open()
+    with pytest.raises(ValidationError, match="7 is not"):
+        DerivedRun(start | {"sample": 7}, geometry, grid, {}).open()

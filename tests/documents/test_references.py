@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from nanobeam_bluesky.documents import PointBlock, RunReferences, StoredRows
 from nanobeam_bluesky.documents import references as references_module
 from nanobeam_bluesky.documents.references import SURPLUS_POINTS
+from nanobeam_bluesky.documents.resources import Resource
 from nanobeam_bluesky.geometry import ROI
 
 RECORDINGS = Path(__file__).with_name("recordings")
@@ -337,6 +338,37 @@ def test_frames_that_must_not_be_read_are_a_problem_of_their_points(changes, wor
         blocks += [b for _, b in references.document(kind, changed, WHOLE)]
     assert sorted({p for b in blocks for p in range(b.first, b.stop)}) == list(range(1, 13))
     assert all(re.search(words, b.problem) for b in blocks), blocks[0].problem
+
+
+@pytest.mark.parametrize("spec", ["AD_HDF5", "AD_TIFF", "NPY_SEQ"])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"resource_path": "../etc/a"}, r"without '\.\.'"),
+        ({"resource_path": "..\\a", "path_semantics": "windows"}, r"without '\.\.'"),
+        ({"root": "/data/..", "resource_path": "a"}, r"without '\.\.'"),
+        ({"root": "http://elsewhere", "resource_path": "a"}, "absolute path"),
+        ({"root": "", "resource_path": "a"}, "absolute path"),
+        ({"root": "/up", "resource_path": "a"}, r"without '\.\.'"),
+        ({"root": "/relative", "resource_path": "a"}, "absolute path"),
+        ({"resource_path": "a\0"}, "expected a path"),
+    ],
+)
+def test_a_resource_leads_nowhere_but_to_an_absolute_path_below_its_root(spec, changes, words):
+    kwargs = {"template": "%s%s_%d.tif", "filename": "i"} if spec == "AD_TIFF" else {}
+    doc = {"uid": "r", "spec": spec, "root": "/data", "resource_kwargs": kwargs} | changes
+    resource = Resource.parse(doc, {"/up": "/mnt/../etc", "/relative": "mnt"})
+    assert re.search(words, resource.problem), resource
+
+
+@pytest.mark.parametrize(
+    ("template", "filename"),
+    [("%s/../%s_%d.tif", "i"), ("%s%s_%d.tif", "../i"), ("%s%s_%d/../i", "")],
+)
+def test_the_files_of_a_sequence_lie_below_their_folder(template, filename):
+    kwargs = {"template": template, "filename": filename}
+    doc = {"uid": "r", "spec": "AD_TIFF", "root": "/data", "resource_path": "a"}
+    assert "without '..'" in Resource.parse(doc | {"resource_kwargs": kwargs}, {}).problem
 
 
 @pytest.mark.parametrize(

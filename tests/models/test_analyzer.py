@@ -1,6 +1,8 @@
+import gc
 import json
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -206,6 +208,18 @@ def test_wrong_type_and_method_are_refused(published):
 def test_settings_tell_weights_apart(published, network, card, geometry):
     assert json.loads(json.dumps(published.settings)) == published.settings
     assert published.settings != Analyzer(geometry, network=network, card=card).settings
+
+
+def test_the_network_of_an_analyzer_is_freed_with_it(tmp_path):
+    """Else a worker with many runs holds networks until the garbage collector comes."""
+    gc.disable()
+    try:
+        analyzer = Analyzer.for_geometry(Geometry.published(), store=ModelStore(tmp_path))
+        freed = weakref.ref(analyzer._network)
+        del analyzer
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 def test_models_import_without_bluesky_and_tiled():

@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 import tifffile
+from bluesky.callbacks.zmq import Publisher
 from bluesky.plans import count
 from ophyd.sim import det
 from rich.console import Console
@@ -21,7 +22,7 @@ from nanobeam_bluesky.cli import _to_toml, app
 from nanobeam_bluesky.live import LiveOptions, run_live
 from nanobeam_bluesky.sim import EmbeddedSXDM, SimulatedSXDM, phantom, sxdm_fly
 from nanobeam_bluesky.tiled_adapters import catalog, raw_writer, serve, writers
-from nanobeam_bluesky.transports import ZMQPublisher, ZMQSource
+from nanobeam_bluesky.transports import ZMQSource, to_msgpack
 
 SAMPLE = phantom("unique", (4, 5))
 
@@ -37,7 +38,7 @@ def callback():
 def live(callback, tmp_path):
     """Run ``nanobeam live`` here, as windows are drawn in the main thread, and `action` beside."""
 
-    def run(action, **options):
+    def run(action, callback=callback, **options):
         text, stop, failures = io.StringIO(), threading.Event(), []
 
         def beside():
@@ -84,18 +85,22 @@ def derived_run(documents):
 def test_a_scan_of_another_process_is_mapped_shown_measured_and_published(
     live, RE, zmq_proxy, listen, until, geometry, tmp_path, caplog
 ):
+    """Its frames are mounted elsewhere here, and the thickness is fitted as well."""
     caplog.set_level("INFO", "nanobeam_bluesky")
-    publisher = ZMQPublisher(zmq_proxy[0], "msgpack")
+    publisher = Publisher(zmq_proxy[0], serializer=to_msgpack)
     came = listen(ZMQSource(zmq_proxy[1]))
     sxdm = SimulatedSXDM(SAMPLE, geometry, tmp_path / "frames", counts=20_000)
     metrics = []
 
+    def from_its_host(name, doc):
+        if "uri" in doc:
+            doc = doc | {"uri": doc["uri"].replace(f"localhost{tmp_path}", "ioc1/disk")}
+        publisher(name, doc)
+
     def fly(text):
         for name in ("descriptor", "stop"):  # of a run that began earlier
             publisher(name, {"uid": name, "run_start": "3f2a91c0-1"})
-        token = RE.subscribe(publisher)
-        RE(sxdm_fly(sxdm))
-        RE.unsubscribe(token)
+        RE(sxdm_fly(sxdm), from_its_host)
         until(lambda: [name for name, _ in list(came)].count("stop") == 3)
         address = text.getvalue().partition("Metrics: ")[2].split()[0]
         with urllib.request.urlopen(address) as answer:
@@ -103,7 +108,10 @@ def test_a_scan_of_another_process_is_mapped_shown_measured_and_published(
 
     ok, text = live(
         fly,
+        callback=None,  # its own, as the options say
         zmq=zmq_proxy[1],
+        root_map=(f"//ioc1/disk={tmp_path}",),
+        fit=("thickness",),
         publish_zmq=zmq_proxy[0],
         maps=True,
         metrics=0,
@@ -113,7 +121,9 @@ def test_a_scan_of_another_process_is_mapped_shown_measured_and_published(
     assert "begin scans after this line" in text
     assert "1 runs met in their middle" in text
     assert caplog.text.count("run 3f2a91c0 was met in its middle") == 1
-    compare(derived_run(came))
+    run = derived_run(came)
+    compare(run)
+    np.testing.assert_allclose(to_maps(run)["thickness"], geometry.thickness_nm, atol=0.5)
     assert "nanobeam_points_analysed_total 20.0" in metrics[0]
     assert "nanobeam_worker_ready 1.0" in metrics[0]
     assert "points_analysed 20" in text
@@ -229,6 +239,9 @@ def test_files_without_bluesky_are_mapped_while_they_grow(
         (["--kafka", "a:1"], "--kafka needs --topic"),
         (["--watch", "*.h5"], "--watch needs --geometry"),
         (["--zmq", "beamline"], "expected HOST:PORT"),
+        (["--zmq", "a:1", "--root-map", "/data"], "expected OLD=NEW"),
+        (["--zmq", "a:1", "--analyzer", "magic"], "analyzer = 'magic' must be one of"),
+        (["--zmq", "a:1", "--fit", "phase"], "may hold ('background', 'thickness', 'blur')"),
     ],
 )
 def test_wrong_usage_ends_with_2_and_the_reason(arguments, words):
