@@ -453,7 +453,7 @@ class _Maps(_View):
             )
         attrs = {"original_run_uid": start["original_run_uid"], "uid": start["uid"]}
         specs = [_MAPS, Spec("xarray_dataset")]
-        source = partial(self._maps, run)
+        source = partial(self._dataset, run, units)
         return _Run(run, children, metadata={"attrs": attrs}, specs=specs, source=source)
 
     def _array(
@@ -470,6 +470,13 @@ class _Maps(_View):
         except (AttributeError, KeyError, NoEntry):
             units = {}
         return self._listed(run, units)
+
+    async def _dataset(self, run: Any, units: Mapping[str, str]) -> xr.Dataset:
+        """Return all maps of a run, with their units."""
+        maps = (await self._maps(run)).copy()
+        for name, values in maps.variables.items():
+            values.attrs["units"] = units[str(name).removesuffix("_measured")]
+        return maps
 
     async def _load(self, run: Any, name: str, column: str, index: Index) -> NDArray[Any]:
         maps = await self._maps(run, column)
