@@ -23,8 +23,6 @@ from nanobeam_bluesky.tiled_adapters.scans import Scan, UnreadableError
 from nanobeam_bluesky.tiled_adapters.views import RESPONSE_BYTES
 
 __all__ = [
-    "FILE_EXTENSIONS",
-    "MEDIA_TYPES",
     "maps_csv",
     "maps_html",
     "maps_markdown",
@@ -34,28 +32,6 @@ __all__ = [
     "png",
     "scan_nexus",
 ]
-
-_HERE = "nanobeam_bluesky.tiled_adapters.exporters"
-MEDIA_TYPES = {
-    "NanobeamMaps": {
-        "application/x-hdf5": f"{_HERE}:maps_nexus",
-        "application/x-nexus": f"{_HERE}:maps_nexus",
-        "image/png": f"{_HERE}:maps_png",
-        "image/tiff": f"{_HERE}:maps_tiff",
-        "text/csv": f"{_HERE}:maps_csv",
-        "text/html": f"{_HERE}:maps_html",
-        "text/markdown": f"{_HERE}:maps_markdown",
-    },
-    "NanobeamScan": {
-        "application/x-hdf5": f"{_HERE}:scan_nexus",
-        "application/x-nexus": f"{_HERE}:scan_nexus",
-    },
-    "NanobeamMap": {"image/png": f"{_HERE}:png"},
-    "NanobeamPatterns": {"image/png": f"{_HERE}:png"},
-}
-"""What a server of the views has under ``media_types``."""
-FILE_EXTENSIONS = {"nxs": "application/x-nexus"}
-"""And under ``file_extensions``."""
 
 
 # ---------------------------------------------------------------------------- pictures
@@ -197,7 +173,7 @@ def _nexus(
     frames: Frames | None = None,
 ) -> Any:
     file = io.BytesIO()
-    described = geometry and geometry.model_dump(mode="json", exclude_none=True)
+    described = geometry.model_dump(mode="json", exclude_none=True) if geometry else None
     write_nexus(file, data, start, stop, geometry=described, frames=frames)
     return file.getbuffer()
 
