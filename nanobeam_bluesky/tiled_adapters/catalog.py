@@ -20,14 +20,13 @@ from tiled.client.context import Context
 from tiled.server.app import build_app_from_config
 from tiled.server.settings import get_settings
 
-__all__ = ["FILE_EXTENSIONS", "MEDIA_TYPES", "api_key", "build_app", "open_catalog"]
+__all__ = ["MEDIA_TYPES", "api_key", "build_app", "open_catalog"]
 
 _RUNS = {"name": "CatalogOfBlueskyRuns", "version": "3.0"}
 _EXPORTERS = "nanobeam_bluesky.tiled_adapters.exporters"
 MEDIA_TYPES = {
     "NanobeamMaps": {
         "application/x-hdf5": f"{_EXPORTERS}:maps_nexus",
-        "application/x-nexus": f"{_EXPORTERS}:maps_nexus",
         "image/png": f"{_EXPORTERS}:maps_png",
         "image/tiff": f"{_EXPORTERS}:maps_tiff",
         "text/csv": f"{_EXPORTERS}:maps_csv",
@@ -36,7 +35,6 @@ MEDIA_TYPES = {
     },
     "NanobeamScan": {
         "application/x-hdf5": f"{_EXPORTERS}:scan_nexus",
-        "application/x-nexus": f"{_EXPORTERS}:scan_nexus",
     },
     "NanobeamMap": {"image/png": f"{_EXPORTERS}:png"},
     "NanobeamPatterns": {"image/png": f"{_EXPORTERS}:png"},
@@ -44,8 +42,6 @@ MEDIA_TYPES = {
     "BlueskyRun": {"application/json-seq": "bluesky_tiled_plugins.exporters:json_seq_exporter"},
 }
 """Of each spec, in what formats it can be had: ``media_types`` of a Tiled configuration."""
-FILE_EXTENSIONS = {"nxs": "application/x-nexus"}
-"""And its ``file_extensions``."""
 
 
 def open_catalog(folder: Path | str, *, readable_storage: Iterable[Path | str] = ()) -> Container:
@@ -122,7 +118,6 @@ def build_app(folder: Path | str, readable_storage: Iterable[Path | str]) -> Any
             "authentication": {"single_user_api_key": api_key()},
             "expose_raw_assets": False,
             "media_types": MEDIA_TYPES,
-            "file_extensions": FILE_EXTENSIONS,
         }
     )
 
