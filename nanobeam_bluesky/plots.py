@@ -157,10 +157,10 @@ def plot_image(
             raise ValueError(f"cmap = {cmap!r}: no colour map of matplotlib, as 'viridis' is")
         panel.image.set_cmap(cmap)
     if log and found is not None:
-        panel.image.set_norm(LogNorm(clip=True))  # what is 0 has the lowest colour
+        panel.image.set_norm(LogNorm(*found, clip=True))  # what is 0 has the lowest colour
     panel.show(values, limits=found)
-    where = [f"{dim} {int(image[dim])}" for dim in ("row", "col") if dim not in image.dims]
     if not is_map:
+        where = [f"{dim} {int(image[dim])}" for dim in ("row", "col") if dim in image.coords]
         ax.invert_yaxis()  # the first row on top, as every viewer of images has it
         panel.title(", ".join([field, *where]))
     ax.set_ylabel(axes.label(0))
@@ -184,9 +184,9 @@ def _limits(
         return None
     if not low < high or (log and low <= 0):
         raise ValueError(
-            f"limits = {low:g}, {high:g}: the lower must be below the upper"
+            f"limits {low:g} to {high:g}: the first must be below the second"
             + (", and above 0 on a logarithmic scale" if log else "")
-            + ("; one of them is from the values: give both" if None in given else "")
+            + ("; one of them is of the values: give both" if None in given else "")
         )
     return low, high
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from fastapi.responses import JSONResponse
 from sqlalchemy.ext.asyncio import create_async_engine
 from tiled.alembic_utils import stamp_head
 from tiled.catalog.alembic_constants import ALEMBIC_DIR, ALEMBIC_INI_TEMPLATE_PATH
@@ -111,7 +112,7 @@ def build_app(folder: Path | str, readable_storage: Iterable[Path | str]) -> Any
         ("scans", f"{views}:scans", viewed | {"mount_node": "raw"}),
         ("maps", f"{views}:maps", viewed | {"mount_node": "derived"}),
     )
-    return build_app_from_config(
+    app = build_app_from_config(
         {
             "trees": [{"path": f"/{path}", "tree": tree, "args": a} for path, tree, a in trees],
             "create_mount_nodes_if_not_exist": True,
@@ -120,6 +121,15 @@ def build_app(folder: Path | str, readable_storage: Iterable[Path | str]) -> Any
             "media_types": MEDIA_TYPES,
         }
     )
+    app.add_exception_handler(ValueError, _garbled_media_type)
+    return app
+
+
+async def _garbled_media_type(request: Any, error: Exception) -> JSONResponse:
+    """Answer 400 to ``image/png;cmap``, which Tiled cannot parse."""
+    if "mimetype parameter" not in str(error):
+        raise error
+    return JSONResponse({"detail": str(error)}, 400)
 
 
 def _create(catalog: Path) -> None:

@@ -59,12 +59,10 @@ async def maps_png(media_type: str, node: Any, metadata: Any, filter_for_access:
     maps = await _dataset(node)
     names = images(maps)
     fields = [name for name in MAPS if name in names] if len(names) > len(MAPS) else names
-    if not fields:
-        raise HTTPException(400, f"no map among {list(map(str, maps.variables))}")
     if len(fields) == 1:
         return await _drawn(maps[fields[0]], **options)
     if options:
-        raise HTTPException(400, f"{', '.join(options)}: is for one map; add &field=strain")
+        raise HTTPException(400, f"{', '.join(options)}: for one map alone; add &field=strain")
     return await _drawn(maps, fields=fields)
 
 
@@ -158,7 +156,10 @@ async def _dataset(node: Any) -> xr.Dataset:
     """Return the maps of a run that are asked for."""
     maps: xr.Dataset = await node.source()
     asked = {name for name, _ in await node.items_range()}
-    return maps[[name for name in maps.data_vars if name in asked]]
+    chosen = [name for name in maps.data_vars if name in asked]
+    if not chosen:
+        raise HTTPException(400, f"no map among {sorted(asked)}: there are {list(maps.data_vars)}")
+    return maps[chosen]
 
 
 def _documents(metadata: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
