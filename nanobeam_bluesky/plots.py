@@ -14,6 +14,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
 from nanobeam_bluesky.models import Flag
@@ -43,6 +44,10 @@ _TITLES = {
     "background": "Background",
     "deviance": "Deviance",
     "flags": "Flags",
+    "intensity": "Intensity",
+    "frames": "Frame",
+    "patterns": "Pattern",
+    "mean_pattern": "Mean pattern",
 }
 _DIVERGING = ("strain", "omega", "chi", "deviance")
 """Fields in which zero means something."""
@@ -158,11 +163,19 @@ def plot_image(
         panel.image.set_cmap(cmap)
     if log and found is not None:
         panel.image.set_norm(LogNorm(*found, clip=True))  # what is 0 has the lowest colour
+        digits = "125" if found[1] < 100 * found[0] else "1"
+        panel.colorbar.formatter = panel.colorbar.minorformatter = FuncFormatter(
+            lambda value, _: f"{value:g}" if f"{value:e}"[0] in digits else ""
+        )
     panel.show(values, limits=found)
     if not is_map:
-        where = [f"{dim} {int(image[dim])}" for dim in ("row", "col") if dim in image.coords]
+        where = [
+            f"{name} {int(image[dim])}"
+            for dim, name in (("row", "row"), ("col", "column"))
+            if dim in image.coords
+        ]
         ax.invert_yaxis()  # the first row on top, as every viewer of images has it
-        panel.title(", ".join([field, *where]))
+        panel.title(", ".join([_TITLES.get(field, field), *where]))
     ax.set_ylabel(axes.label(0))
     ax.set_xlabel(axes.label(1))
     return panel
@@ -174,9 +187,8 @@ def _limits(
     """Return colour limits: those given, else robust ones; None if no value has a colour."""
     if log:
         some = values[np.isfinite(values) & (values > 0)]
-        robust = (float(some.min()), float(some.max())) if some.size else None
-        if robust is not None and robust[0] == robust[1]:
-            robust = robust[0] / 2, robust[1] * 2
+        # half of it, or one count would look like none
+        robust = (float(np.percentile(some, 5)) / 2, float(some.max())) if some.size else None
     else:
         robust = robust_limits(values, diverging=diverging)
     low, high = (a if a is not None else b for a, b in zip(given, robust or given, strict=True))
@@ -492,9 +504,9 @@ def _engineering(limits: tuple[float, float] | None, units: str) -> tuple[float,
     return 10.0**-exponent, _PREFIXES[exponent] + symbol if symbol else _POWERS[exponent]
 
 
-def in_words(value: float, units: str) -> str:
-    """Write a value with its unit, e.g. "0.51 ×10⁻³" or "12.3 m°"."""
-    return _text(value, (value, value), units)
+def in_words(value: float, like: tuple[float, float], units: str) -> str:
+    """Write a value in the unit that suits two like it, e.g. "0.51 × 10⁻³" or "12.3 m°"."""
+    return _text(value, like, units)
 
 
 def _text(value: float, limits: tuple[float, float] | None, units: str) -> str:

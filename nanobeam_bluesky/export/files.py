@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from nanobeam_bluesky.models import Flag
 from nanobeam_bluesky.plots import MAPS, MapAxes, figure_inches, grid_shape, plot_image, plot_maps
 
-__all__ = ["flag_names", "images", "to_csv", "to_png", "to_tiff"]
+__all__ = ["flag_names", "images", "run_title", "to_csv", "to_png", "to_tiff"]
 
 _DPI = 160
 _LARGEST_DPI = 600
@@ -25,6 +25,7 @@ _MAP_INCHES = 3.4
 """Inches of a figure that its map takes."""
 _BARE_PX = 512
 """Pixels along the longer side of a picture without axes, if there are fewer points."""
+_LONGEST_TITLE = 70
 _PAGE_NAME = 285
 """TIFF's tag."""
 
@@ -40,6 +41,7 @@ def to_png(
     limits: tuple[float | None, float | None] = (None, None),
     log: bool | None = None,
     colorbar: bool = True,
+    title: str = "",
 ) -> bytes:
     """Draw maps as a PNG; may be called in any thread.
 
@@ -55,6 +57,8 @@ def to_png(
     colorbar
         Whether to draw axes and a colour bar. Without them a point is a pixel, or a square
         of some, turned as in the figure, and transparent where there is no value.
+    title
+        What stands above, e.g. of `run_title`.
 
     Raises
     ------
@@ -79,10 +83,31 @@ def to_png(
             inches = figure_inches(*grid_shape(len(fields)), axes)
             figure = Figure(inches, layout="constrained")
             plot_maps(maps, fields, figure=figure)
+        if title:
+            figure.suptitle(_shortened(title), fontsize="small", color="0.35", parse_math=False)
         # no point narrower than a pixel
         dpi = min(max(_DPI, max(shape) / _MAP_INCHES), _LARGEST_DPI)
-        figure.savefig(out, format="png", dpi=dpi)
+        figure.savefig(out, format="png", dpi=dpi, bbox_inches="tight")
     return out.getvalue()
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_TITLE else f"{text[:_LONGEST_TITLE]}…"
+
+
+def run_title(start: Mapping[str, Any]) -> str:
+    """Return sample and scan of a run, derived or raw, e.g. "film, scan 12 sxdm_fly"."""
+    block = start.get("nanobeam")
+    of = block if "original_run_uid" in start and isinstance(block, Mapping) else None
+    plan, number = (
+        (start.get("plan_name"), start.get("scan_id"))
+        if of is None
+        else (of.get("original_plan_name"), of.get("original_scan_id"))
+    )
+    sample = start.get("sample")
+    name = sample.get("name") if isinstance(sample, Mapping) else sample
+    scan = " ".join(str(part) for part in ("scan", number, plan) if part)
+    return f"{name}, {scan}" if name else scan
 
 
 def _bare(image: Any, bottom: float, top: float) -> NDArray[np.uint8]:

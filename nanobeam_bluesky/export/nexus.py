@@ -16,6 +16,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from nanobeam_bluesky.export.files import run_title
 from nanobeam_bluesky.models import Flag
 
 __all__ = ["Frames", "write_nexus"]
@@ -85,7 +86,7 @@ def write_nexus(
     with h5py.File(target, "w") as file:
         file.attrs.update({"NX_class": "NXroot", "default": "entry", "creator": _PROGRAM})
         entry = _group(file, "entry", "NXentry")
-        _put(entry, "title", _title(start, derived))
+        _put(entry, "title", run_title(start))
         _put(entry, "entry_identifier_uuid", start.get("uid"))
         _put(entry, "experiment_identifier", start.get("proposal"))
         if not derived:
@@ -121,16 +122,6 @@ def write_nexus(
 
 
 # ----------------------------------------------------------------------------- what is in it
-
-
-def _title(start: Mapping[str, Any], derived: bool) -> str:
-    block = _mapping(start.get("nanobeam"))
-    plan = block.get("original_plan_name") if derived else start.get("plan_name")
-    number = block.get("original_scan_id") if derived else start.get("scan_id")
-    what = "Strain and tilt maps of " if derived else ""
-    scan = " ".join(str(part) for part in ("scan", number, plan) if part)
-    sample = start.get("sample")
-    return f"{what}{scan}" + (f", {sample}" if isinstance(sample, str) else "")
 
 
 def _sample(group: h5py.Group, sample: Any, geometry: Mapping[str, Any]) -> None:

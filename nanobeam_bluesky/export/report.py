@@ -7,13 +7,14 @@ import html
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from nanobeam_bluesky.export.files import to_png
+from nanobeam_bluesky.export.files import run_title, to_png
 from nanobeam_bluesky.models import Flag
 from nanobeam_bluesky.plots import in_words
 
@@ -28,7 +29,17 @@ _WHY = {
     Flag.FRAME_MISSING: "not measured, or the frame could not be read",
     Flag.POSITION_MISSING: "position unknown",
 }
-_QUANTITIES = {"strain": "Strain ε", "omega": "Tilt ω", "chi": "Tilt χ", "thickness": "Thickness"}
+_QUANTITIES = {
+    "strain": "Strain ε",
+    "omega": "Tilt ω",
+    "chi": "Tilt χ",
+    "thickness": "Thickness",
+    "counts": "Counts",
+    "background": "Background per pixel",
+    "deviance": "Deviance (0 ± 1 where the model fits)",
+}
+"""Of the flagged points the last three have values, too."""
+_UNITS = {"um": "µm", "nm": "nm", "mm": "mm", "mrad": "mrad"}
 _PICTURES = ("strain", "omega", "chi", "strain_sigma", "counts", "flags")
 _LONGEST = 300
 """Letters of a value out of the metadata."""
@@ -70,10 +81,8 @@ class Report:
         self._maps = maps
         block = _mapping(start.get("nanobeam"))
         number, plan = block.get("original_scan_id"), block.get("original_plan_name")
-        scan = " ".join(_text(part) for part in ("scan", number) if part)
         sample = start.get("sample")
-        name = sample.get("name") if isinstance(sample, Mapping) else sample
-        self.title = f"{_text(name)}: strain and tilts" if name else f"Strain and tilts of {scan}"
+        self.title = f"Strain and tilts: {_text(run_title(start))}"
         self.status, self.is_bad = _status(maps, stop)
         self._tables = [
             _Table(
@@ -191,13 +200,16 @@ def _geometry(geometry: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Detector distance", _with_unit(geometry.get("detector_distance_m"), "m")),
         ("Pixel size", _with_unit(geometry.get("pixel_size_um"), "µm")),
         ("Region of interest", roi and f"{roi} pixels, binned {_text(binning)} × {_text(binning)}"),
-        (
-            "Optics",
-            ", ".join(
-                f"{_text(key).replace('_', ' ')} {_text(value)}" for key, value in optics.items()
-            ),
-        ),
+        ("Optics", ", ".join(_named(key, value) for key, value in optics.items())),
     )
+
+
+def _named(key: Any, value: Any) -> str:
+    """Return e.g. "outer diameter 149 µm" of a name with a unit at its end."""
+    words = _text(key).split("_")
+    unit = _UNITS.get(words[-1], "")
+    text = f"{' '.join(words[:-1] if unit else words)} {_text(value)} {unit}".rstrip()
+    return _text(value).replace("_", " ") if key == "kind" else text
 
 
 def _quantities(maps: xr.Dataset) -> _Table:
@@ -210,14 +222,15 @@ def _quantities(maps: xr.Dataset) -> _Table:
         finite = values[np.isfinite(values)]
         if not finite.size:
             continue
-        low, middle, high = (in_words(v, unit) for v in np.percentile(finite, (5, 50, 95)))
+        low, middle, high = (float(v) for v in np.percentile(finite, (5, 50, 95)))
+        words = partial(in_words, like=(low, high), units=unit)
         sigmas = maps.get(f"{name}_sigma")
-        sigma = "–"
+        sigma = ""
         if sigmas is not None and np.isfinite(sigmas.to_numpy()).any():
-            sigma = in_words(float(np.nanmedian(sigmas.to_numpy())), unit)
-        rows.append((title, middle, f"{low} to {high}", sigma))
+            sigma = words(float(np.nanmedian(sigmas.to_numpy())))
+        rows.append((title, words(middle), f"{words(low)} to {words(high)}", sigma))
     header = ("Quantity", "Median", "90 % of the points lie in", "Median σ of a point")
-    return _Table("Strain and tilts of the good points", header, rows)
+    return _Table("Values", header, rows)
 
 
 def _quality(maps: xr.Dataset) -> _Table:
@@ -228,13 +241,6 @@ def _quality(maps: xr.Dataset) -> _Table:
         if count:
             name = str(flag.name).lower().replace("_", " ")
             rows.append((name, str(count), _percent(count, flags.size), why))
-    for name, what in (
-        ("counts", "median of a point"),
-        ("deviance", "median; 0 ± 1 where the model fits"),
-    ):
-        values = maps[name].to_numpy() if name in maps else np.zeros(0)
-        if np.isfinite(values).any():
-            rows.append((name, f"{np.nanmedian(values):.4g}", "", what))
     return _Table("Quality", ("Points", "Number", "Share", "Meaning"), rows)
 
 

@@ -15,7 +15,7 @@ from fastapi import HTTPException
 from numpy.typing import NDArray
 from tiled.utils import UnsupportedShape, parse_mimetype
 
-from nanobeam_bluesky.export import Frames, Report, to_csv, to_png, to_tiff, write_nexus
+from nanobeam_bluesky.export import Frames, Report, run_title, to_csv, to_png, to_tiff, write_nexus
 from nanobeam_bluesky.export.files import images
 from nanobeam_bluesky.geometry import ROI, Geometry
 from nanobeam_bluesky.plots import MAPS
@@ -48,6 +48,7 @@ async def png(media_type: str, array: NDArray[Any], metadata: Mapping[str, Any])
     labelled = metadata.get("labelled")
     if labelled is not None:
         image = await labelled(array)
+        options["title"] = run_title(image.attrs["start"])
     else:
         image = xr.DataArray(array, attrs=metadata.get("attrs"))
     return await _drawn(image, **options)
@@ -59,11 +60,12 @@ async def maps_png(media_type: str, node: Any, metadata: Any, filter_for_access:
     maps = await _dataset(node)
     names = images(maps)
     fields = [name for name in MAPS if name in names] if len(names) > len(MAPS) else names
+    title = run_title(metadata["start"])
     if len(fields) == 1:
-        return await _drawn(maps[fields[0]], **options)
+        return await _drawn(maps[fields[0]], title=title, **options)
     if options:
         raise HTTPException(400, f"{', '.join(options)}: for one map alone; add &field=strain")
-    return await _drawn(maps, fields=fields)
+    return await _drawn(maps, fields=fields, title=title)
 
 
 _SCALES = {"linear": False, "log": True}

@@ -199,7 +199,8 @@ class _Array(Adapter[ArrayStructure]):
             for name, other in self._siblings.items():
                 if other.structure().dims == (dim,):
                     coords[name] = (dim, await other.read((chosen,)), other.metadata()["attrs"])
-        return xr.DataArray(values, coords, kept, self._name, self.metadata()["attrs"])
+        attrs = self.metadata()["attrs"] | {"start": self._run.metadata()["start"]}
+        return xr.DataArray(values, coords, kept, self._name, attrs)
 
     async def read_block(self, block: Any, slice: Any = ...) -> NDArray[Any]:
         """Return a slice of a block."""
