@@ -23,10 +23,10 @@ __all__ = [
     "MapAxes",
     "MapPanel",
     "figure_inches",
-    "grid_shape",
     "in_words",
     "label_outer",
     "new_figure",
+    "own_figure",
     "plot_comparison",
     "plot_image",
     "plot_maps",
@@ -100,7 +100,7 @@ def plot_maps(
         if field not in maps:
             raise KeyError(f"no map of {field!r}: there are {sorted(map(str, maps.data_vars))}")
     axes = MapAxes.of(maps)
-    rows, columns = grid_shape(len(fields))
+    rows, columns = _grid_shape(len(fields))
     figure = figure or new_figure(rows, columns, axes)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for ax in grid.flat[len(fields) :]:
@@ -460,7 +460,12 @@ def new_figure(rows: int, columns: int, axes: MapAxes) -> Figure:
     return plt.figure(figsize=figure_inches(rows, columns, axes), layout="constrained")
 
 
-def grid_shape(panels: int) -> tuple[int, int]:
+def own_figure(panels: int, axes: MapAxes) -> Figure:
+    """Return a figure for `plot_maps` that pyplot knows nothing of: for any thread."""
+    return Figure(figure_inches(*_grid_shape(panels), axes), layout="constrained")
+
+
+def _grid_shape(panels: int) -> tuple[int, int]:
     """Return the rows and columns in which `plot_maps` puts its maps."""
     columns = panels if panels < 4 else math.ceil(math.sqrt(panels))
     return math.ceil(panels / columns), columns
@@ -512,6 +517,6 @@ def in_words(value: float, like: tuple[float, float], units: str) -> str:
 def _text(value: float, limits: tuple[float, float] | None, units: str) -> str:
     """Write a value in the unit of a colour bar with these limits."""
     factor, unit = _engineering(limits, units)
-    return (
-        f"{value * factor:.3g}{' ×' if unit in _POWERS.values() and unit else ''} {unit}".rstrip()
-    )
+    shown = value * factor
+    number = f"{shown:.0f}" if 1e3 <= abs(shown) < 1e9 else f"{shown:.3g}"
+    return f"{number}{' ×' if unit in _POWERS.values() and unit else ''} {unit}".rstrip()

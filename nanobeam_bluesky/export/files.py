@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import tifffile
 import xarray as xr
-from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from numpy.typing import NDArray
 
 from nanobeam_bluesky.models import Flag
-from nanobeam_bluesky.plots import MAPS, MapAxes, figure_inches, grid_shape, plot_image, plot_maps
+from nanobeam_bluesky.plots import MAPS, MapAxes, own_figure, plot_image, plot_maps
 
 __all__ = ["flag_names", "images", "run_title", "to_csv", "to_png", "to_tiff"]
 
@@ -74,14 +73,13 @@ def to_png(
         axes = MapAxes.of(maps)
     with _DRAWING:
         if isinstance(maps, xr.DataArray):
-            figure = Figure(figure_inches(1, 1, axes), layout="constrained")
+            figure = own_figure(1, axes)
             panel = plot_image(maps, cmap=cmap, limits=limits, log=log, figure=figure)
             if not colorbar:
                 imsave(out, _bare(panel.image, *panel.ax.get_ylim()), format="png")
                 return out.getvalue()
         else:
-            inches = figure_inches(*grid_shape(len(fields)), axes)
-            figure = Figure(inches, layout="constrained")
+            figure = own_figure(len(fields), axes)
             plot_maps(maps, fields, figure=figure)
         if title:
             figure.suptitle(_shortened(title), fontsize="small", color="0.35", parse_math=False)

@@ -7,8 +7,8 @@ import html
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -169,7 +169,7 @@ def _status(maps: xr.Dataset, stop: Mapping[str, Any] | None) -> tuple[str, bool
     if stop.get("exit_status") == "success":
         return f"Complete: {share}.", False
     reason = _text(stop.get("reason") or "no reason given").rstrip(".")
-    return f"Ended as {_text(stop.get('exit_status'))}: {reason}. {share}.", True
+    return f"Not complete ({_text(stop.get('exit_status'))}): {reason}. {share}.", True
 
 
 def _axes(maps: xr.Dataset) -> list[tuple[str, str]]:
@@ -279,7 +279,7 @@ def _when(seconds: Any) -> str | None:
 
 def _marked(text: str) -> str:
     """Escape what Markdown, or HTML in it, would take for its own."""
-    return re.sub(r"([\\`*_{}\[\]()#+!|<>&~$])", r"\\\1", text)
+    return re.sub(r"([\\`*_{}\[\]|<>&~$])", r"\\\1", text)
 
 
 def _line(cells: Any) -> str:
