@@ -217,7 +217,9 @@ def _group(parent: h5py.Group, name: str, kind: str) -> h5py.Group:
 
 def _array(group: h5py.Group, name: str, values: xr.DataArray) -> None:
     stored = group.create_dataset(name, data=values.to_numpy())
-    stored.attrs["units"] = _text(values.attrs.get("units", ""))[:_LONGEST]
+    unit = _text(values.attrs.get("units", ""))[:_LONGEST]
+    if unit:
+        stored.attrs["units"] = unit
     if values.name == "flags":
         stored.attrs["flag_masks"] = [int(flag) for flag in Flag]
         stored.attrs["flag_meanings"] = " ".join(str(flag.name).lower() for flag in Flag)
