@@ -42,7 +42,7 @@ def test_report_says_how_the_run_ended(run, stop, words):
 
 
 def test_metadata_stay_text(run):
-    maps, start, stop = run(sample={EVIL: EVIL}, purpose=[EVIL, {"a": EVIL}], proposal=EVIL)
+    maps, start, _ = run(sample={EVIL: EVIL}, purpose=[EVIL, {"a": EVIL}], proposal=EVIL)
     start["nanobeam"]["analyzer"] = {EVIL: EVIL}
     start["nanobeam"]["geometry"] = {"optics": {EVIL: EVIL}, "roi_shape": EVIL, "energy_keV": [1]}
     start["original_run_uid"] = EVIL
