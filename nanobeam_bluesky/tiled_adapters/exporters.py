@@ -209,8 +209,8 @@ def _scan_nexus(
             raise HTTPException(
                 400,
                 f"{name} of {rows.size} × {cols.size} points of {shape} are {size / 1e9:.3g} GB, "
-                f"an answer has at most {RESPONSE_BYTES / 1e9:g} GB: ask for slices of them, "
-                "and for a file without them by &field=intensity&field=mean_pattern",
+                f"an answer has at most {RESPONSE_BYTES / 1e9:g} GB: ask for slices of them, and "
+                "for a file of other fields, such as field=intensity&field=mean_pattern",
             )
     positions = scan.positions()
     units = scan.units

@@ -188,5 +188,5 @@ def test_more_frames_than_an_answer_holds_are_refused_with_what_to_ask_for(get, 
     monkeypatch.setattr(exporters, "RESPONSE_BYTES", 500_000)
     answer = get("scans", "scan", format="h5")
     assert answer.status_code == 400
-    assert "without them by &field=intensity&field=mean_pattern" in answer.text
+    assert "other fields, such as field=intensity&field=mean_pattern" in answer.text
     content(get("scans", "scan", format="h5", field=["intensity", "mean_pattern"]))
