@@ -499,9 +499,9 @@ def _sigma_title(field: str) -> str:
 
 def _engineering(limits: tuple[float, float] | None, units: str) -> tuple[float, str]:
     """Return the factor to show values by, and the text of the unit then."""
-    largest = max((abs(v) for v in limits or ()), default=0.0)
+    largest = max((abs(v) for v in limits or () if math.isfinite(v)), default=0.0)
     # 10⁻³ from 1e-4 on: 0.5 × 10⁻³ reads better than 500 × 10⁻⁶
-    exponent = 3 * math.floor(math.log10(10 * largest) / 3) if largest > 0 else 0
+    exponent = 3 * math.floor((1 + math.log10(largest)) / 3) if largest > 0 else 0
     exponent = min(max(exponent, -9), 0)
     symbol = _SYMBOLS.get(units, units)
     if symbol == "counts":

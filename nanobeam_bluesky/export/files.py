@@ -133,14 +133,16 @@ def to_tiff(maps: xr.Dataset) -> bytes:
             unit = str(maps[name].attrs.get("units", ""))
             text = f"{name} ({unit})" if unit else name
             # bytes, since a text must be ASCII
-            page = [(_PAGE_NAME, 7 if not name.isascii() else 2, 0, name.encode(), True)]
+            tag = [(_PAGE_NAME, 7 if not name.isascii() else 2, 0, name.encode(), True)]
+            with np.errstate(over="ignore"):  # what is too large is infinite
+                page = maps[name].to_numpy().astype(np.float32)
             file.write(
-                maps[name].to_numpy().astype(np.float32),
+                page,
                 description=text.encode(),
                 photometric="minisblack",
                 metadata=None,
                 contiguous=False,
-                extratags=page,
+                extratags=tag,
             )
     return out.getvalue()
 

@@ -150,7 +150,10 @@ async def maps_markdown(media_type: str, node: Any, metadata: Any, filter_for_ac
 async def _reported(write: Callable[[Report], str], node: Any, metadata: Any) -> bytes:
     maps = await node.source()
     start, stop = _documents(metadata)
-    text = await to_thread.run_sync(lambda: write(Report(maps, start, stop)))
+    try:
+        text = await to_thread.run_sync(lambda: write(Report(maps, start, stop)))
+    except ValueError as error:  # of the figure: values beyond what can be drawn
+        raise HTTPException(422, f"the maps cannot be drawn: {error}") from None
     return text.encode("utf-8", "replace")
 
 

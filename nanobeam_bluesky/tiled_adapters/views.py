@@ -476,7 +476,8 @@ class _Maps(_View):
         """Return all maps of a run, with their units."""
         maps = (await self._maps(run)).copy()
         for name, values in maps.variables.items():
-            values.attrs["units"] = units[str(name).removesuffix("_measured")]
+            key = str(name) if name in units else str(name).removesuffix("_measured")
+            values.attrs["units"] = units[key]
         return maps
 
     async def _load(self, run: Any, name: str, column: str, index: Index) -> NDArray[Any]:
