@@ -91,9 +91,9 @@ def test_maps_lead_to_their_scan_and_the_scan_to_its_newest_complete_maps(served
 
 
 def test_scan_without_maps_and_maps_without_a_scan_say_where_they_looked(served):
-    alone = served.client["scans"][served.uids["alone"]]
-    with pytest.raises(LookupError, match=f"{served.uids['alone']}: no maps of it in .*'maps'"):
-        alone.maps()
+    other = served.client["scans"][served.uids["count"]]
+    with pytest.raises(LookupError, match=f"{served.uids['count']}: no maps of it in .*'maps'"):
+        other.maps()
     running = served.client["maps"][served.uids["running"]]
     with pytest.raises(LookupError, match=r"elsewhere: no scan of it in .*'scans'"):
         _ = running.raw
