@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -15,10 +15,8 @@ from fastapi import HTTPException
 from numpy.typing import NDArray
 from tiled.utils import UnsupportedShape, parse_mimetype
 
-from nanobeam_bluesky.export import Frames, Report, run_title, to_csv, to_png, to_tiff, write_nexus
-from nanobeam_bluesky.export.files import images
+from nanobeam_bluesky import export  # whose parts are imported on first use: half a second
 from nanobeam_bluesky.geometry import ROI, Geometry
-from nanobeam_bluesky.plots import MAPS
 from nanobeam_bluesky.tiled_adapters.scans import Scan, UnreadableError
 from nanobeam_bluesky.tiled_adapters.views import RESPONSE_BYTES
 
@@ -48,7 +46,7 @@ async def png(media_type: str, array: NDArray[Any], metadata: Mapping[str, Any])
     labelled = metadata.get("labelled")
     if labelled is not None:
         image = await labelled(array)
-        options["title"] = run_title(image.attrs["start"])
+        options["title"] = export.run_title(image.attrs["start"])
     else:
         image = xr.DataArray(array, attrs=metadata.get("attrs"))
     return await _drawn(image, **options)
@@ -58,14 +56,15 @@ async def maps_png(media_type: str, node: Any, metadata: Any, filter_for_access:
     """Draw maps side by side, or one map as `png` does."""
     options = _options(media_type)
     maps = await _dataset(node)
-    names = images(maps)
-    fields = [name for name in MAPS if name in names] if len(names) > len(MAPS) else names
-    title = run_title(metadata["start"])
-    if len(fields) == 1:
-        return await _drawn(maps[fields[0]], title=title, **options)
+    names = list(map(str, maps.data_vars))
+    title = export.run_title(metadata["start"])
+    if len(names) == 1:
+        return await _drawn(maps[names[0]], title=title, **options)
     if options:
         raise HTTPException(400, f"{', '.join(options)}: for one map alone; add &field=strain")
-    return await _drawn(maps, fields=fields, title=title)
+    if len(names) < len((await node.source()).data_vars):
+        options["fields"] = names
+    return await _drawn(maps, title=title, **options)
 
 
 _SCALES = {"linear": False, "log": True}
@@ -113,7 +112,7 @@ def _choice(key: str, value: str, choices: Mapping[str, bool]) -> bool:
 
 async def _drawn(image: xr.DataArray | xr.Dataset, **options: Any) -> bytes:
     try:
-        return await to_thread.run_sync(partial(to_png, image, **options))
+        return await to_thread.run_sync(partial(export.to_png, image, **options))
     except ValueError as error:
         raise HTTPException(400, str(error)) from None
 
@@ -129,29 +128,33 @@ async def maps_nexus(media_type: str, node: Any, metadata: Any, filter_for_acces
 
 async def maps_tiff(media_type: str, node: Any, metadata: Any, filter_for_access: Any) -> bytes:
     """Write maps as a TIFF, a page each."""
-    return await to_thread.run_sync(to_tiff, await _dataset(node))
+    return await to_thread.run_sync(export.to_tiff, await _dataset(node))
 
 
 async def maps_csv(media_type: str, node: Any, metadata: Any, filter_for_access: Any) -> bytes:
     """Write points as a table."""
-    return await to_thread.run_sync(to_csv, await _dataset(node))
+    return await to_thread.run_sync(export.to_csv, await _dataset(node))
 
 
 async def maps_html(media_type: str, node: Any, metadata: Any, filter_for_access: Any) -> bytes:
     """Write a report as a page."""
-    return await _reported(Report.html, node, metadata)
+    return await _reported("html", node, metadata)
 
 
 async def maps_markdown(media_type: str, node: Any, metadata: Any, filter_for_access: Any) -> bytes:
     """Write a report as Markdown."""
-    return await _reported(Report.markdown, node, metadata)
+    return await _reported("markdown", node, metadata)
 
 
-async def _reported(write: Callable[[Report], str], node: Any, metadata: Any) -> bytes:
+async def _reported(form: Literal["html", "markdown"], node: Any, metadata: Any) -> bytes:
     maps = await node.source()
-    start, stop = _documents(metadata)
+
+    def write() -> str:
+        report = export.Report(maps, *_documents(metadata))
+        return report.html() if form == "html" else report.markdown()
+
     try:
-        text = await to_thread.run_sync(lambda: write(Report(maps, start, stop)))
+        text = await to_thread.run_sync(write)
     except ValueError as error:  # of the figure: values beyond what can be drawn
         raise HTTPException(422, f"the maps cannot be drawn: {error}") from None
     return text.encode("utf-8", "replace")
@@ -176,11 +179,11 @@ def _nexus(
     start: Mapping[str, Any],
     stop: Mapping[str, Any] | None,
     geometry: Geometry | None = None,
-    frames: Frames | None = None,
+    frames: export.Frames | None = None,
 ) -> Any:
     file = io.BytesIO()
     described = geometry.model_dump(mode="json", exclude_none=True) if geometry else None
-    write_nexus(file, data, start, stop, geometry=described, frames=frames)
+    export.write_nexus(file, data, start, stop, geometry=described, frames=frames)
     return file.getbuffer()
 
 
@@ -234,7 +237,7 @@ def _scan_nexus(
     if "frames" in asked:
         height, width = scan.frame_shape
         roi = ROI(row=0, col=0, height=height, width=width)
-        frames = Frames(
+        frames = export.Frames(
             (rows.size, cols.size, height, width),
             scan.dtype,
             (scan.frames(rows[i : i + 1], cols, roi)[0] for i in range(rows.size)),

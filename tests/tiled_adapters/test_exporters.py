@@ -61,10 +61,17 @@ def test_parameters_of_the_format_reach_the_picture(get, maps):
     assert content(log) == expected
 
 
-def test_run_is_drawn_as_its_four_maps_or_the_one_asked_for(get):
-    four = Image.open(io.BytesIO(content(get("maps", "maps", format="png"))))
-    one = get("maps", "maps", format="image/png;cmap=gray", field="chi_sigma")
-    assert four.width > 1.5 * Image.open(io.BytesIO(content(one))).width
+def test_run_is_drawn_as_its_four_maps_or_those_asked_for(get):
+    four, two, one = (
+        Image.open(io.BytesIO(content(get("maps", "maps", **params))))
+        for params in (
+            {"format": "png"},
+            {"format": "png", "field": ["background", "chi_sigma"]},
+            {"format": "image/png;cmap=gray", "field": "chi_sigma"},
+        )
+    )
+    assert four.width > 1.5 * one.width < two.width
+    assert four.height > 1.5 * one.height > two.height
 
 
 def test_pattern_and_frame_of_a_point_are_drawn_logarithmic(served, get):
