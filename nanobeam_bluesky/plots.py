@@ -291,7 +291,8 @@ def robust_limits(values: NDArray[Any], *, diverging: bool = False) -> tuple[flo
     if diverging:
         return _symmetric(finite, 0.0 if low <= 0 <= high else middle)
     if high - low <= 1e-9 * max(abs(low), abs(high)):
-        return _symmetric(finite, middle)
+        low, high = _symmetric(finite, middle)
+        low = max(low, 0.0) if finite.min() >= 0 else low  # counts have no negative colour
     return low, high
 
 

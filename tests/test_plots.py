@@ -197,6 +197,12 @@ def test_common_offset_does_not_leave_one_colour():
     assert high - low < 0.003
 
 
+def test_counts_that_are_all_but_constant_have_no_negative_colours():
+    values = np.zeros(400)
+    values[7] = 0.3
+    assert robust_limits(values) == (0.0, 0.3)
+
+
 @given(st.lists(st.floats(-1e9, 1e9) | st.just(np.nan), min_size=1, max_size=30), st.booleans())
 def test_limits_are_a_range_that_can_be_drawn(values, diverging):
     limits = robust_limits(np.array(values), diverging=diverging)

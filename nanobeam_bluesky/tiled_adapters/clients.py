@@ -60,7 +60,8 @@ class MapsClient(DatasetClient):
         LookupError
             If no tree beside this one has it.
         """
-        uid = self.metadata["start"]["original_run_uid"]
+        start = self.metadata["start"]
+        uid = start.get("original_run_uid", start["uid"])
         looked = []
         for path in _beside(self, "scans"):
             scan = _opened(self, [*path, uid])
@@ -124,8 +125,9 @@ class ScanClient(Container):
 
 
 def _check(run: Any) -> None:
-    """Raise ValueError if the server says that a run cannot be shown."""
-    problem = run.metadata.get("problem")
+    """Raise ValueError if the server says that a run cannot be shown, or not yet."""
+    computing = "being computed: ask again" if run.metadata.get("computing") else ""
+    problem = run.metadata.get("problem") or computing
     if problem:
         raise ValueError(f"run {run.item['id']}: {problem}")
 

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from fastapi import HTTPException
 from numpy.typing import NDArray
 from tiled.adapters.core import Adapter
 from tiled.catalog.adapter import CatalogContainerAdapter, from_uri
-from tiled.queries import AccessTagsFilter
+from tiled.queries import AccessTagsFilter, Eq
 from tiled.server.core import NoEntry
 from tiled.storage import FileStorage
 from tiled.structures.array import ArrayStructure, BuiltinDtype
@@ -32,12 +33,13 @@ from tiled.structures.container import ContainerStructure
 from tiled.structures.core import Spec, StructureFamily
 from tiled.utils import UnsupportedQueryType
 
-from nanobeam_bluesky.documents import FrameReader
+from nanobeam_bluesky.documents import FrameReader, read_documents
 from nanobeam_bluesky.documents.maps import derived_scan, to_maps
 from nanobeam_bluesky.documents.roots import Roots
 from nanobeam_bluesky.geometry import ROI, GeometryError
 from nanobeam_bluesky.models import Estimates
 from nanobeam_bluesky.presets import Preset
+from nanobeam_bluesky.tiled_adapters.computed import BusyError, Computer
 from nanobeam_bluesky.tiled_adapters.scans import Scan, UnreadableError, recorded
 
 __all__ = ["maps", "scans"]
@@ -63,6 +65,7 @@ def maps(
     readable_storage: Sequence[str] = (),
     mount_node: str = "derived",
     specs: Sequence[Mapping[str, str]] = (),
+    compute: Mapping[str, Any] | None = None,
 ) -> CatalogContainerAdapter:
     """Return a tree of maps: every derived run of a catalogue as one ``xarray.Dataset``.
 
@@ -78,9 +81,23 @@ def maps(
         Container of the runs in that database.
     specs
         Of the tree itself.
+    compute
+        Where the uid of a raw run is asked for, show its newest derived run; if there is none,
+        analyse it, in a process of its own, one run at a time. Its "folder" keeps what comes out;
+        "mount_node" ("raw"), "preset" and "root_map" are as for `scans`.
     """
     found = from_uri(uri, readable_storage=list(readable_storage), specs=list(specs))
-    return _Maps(found.context, found.node, mount_path=_segments(mount_node))
+    view = _Maps(found.context, found.node, mount_path=_segments(mount_node))
+    if compute:
+        given = {"mount_node": "raw", "preset": "auto", "root_map": None} | dict(compute)
+        folder = given.pop("folder")
+        raw = scans(uri, readable_storage=readable_storage, **given)
+        given.pop("mount_node")
+        computer = Computer(folder, roots=_folders(found), **given)
+        view.compute = _Compute(raw, computer)
+        view.startup_tasks += raw.startup_tasks
+        view.shutdown_tasks += [partial(to_thread.run_sync, computer.close), *raw.shutdown_tasks]
+    return view
 
 
 def scans(
@@ -91,7 +108,7 @@ def scans(
     specs: Sequence[Mapping[str, str]] = (),
     preset: str = "auto",
     root_map: Mapping[str, str] | None = None,
-) -> CatalogContainerAdapter:
+) -> _Scans:
     """Return a tree of raw scans on their grids: frames, patterns, intensity, positions.
 
     Parameters
@@ -107,10 +124,14 @@ def scans(
         Folders of the documents' paths → where they are mounted here.
     """
     found = from_uri(uri, readable_storage=list(readable_storage), specs=list(specs))
-    folders = [s.path for s in found.context.readable_storage.values() if type(s) is FileStorage]
-    reader = FrameReader(roots=Roots(folders), refresh=False)
+    reader = FrameReader(roots=Roots(_folders(found)), refresh=False)
     settings = _Settings(Preset.choices(preset), reader, root_map)
     return _Scans(found.context, found.node, settings=settings, mount_path=_segments(mount_node))
+
+
+def _folders(found: CatalogContainerAdapter) -> list[Path]:
+    """Return the folders whose files may be read."""
+    return [s.path for s in found.context.readable_storage.values() if type(s) is FileStorage]
 
 
 def _segments(path: str) -> list[str]:
@@ -284,6 +305,8 @@ class _Run(Adapter[ContainerStructure]):
         return len(self._children)
 
     def _check(self) -> None:
+        if self._metadata.get("computing"):
+            raise HTTPException(503, "being computed: ask again", headers={"Retry-After": "2"})
         problem = self._metadata.get("problem")
         if problem:
             raise HTTPException(422, problem)
@@ -416,6 +439,9 @@ class _Kept:
     maps: LRUCache[Any, xr.Dataset] = field(
         default_factory=lambda: LRUCache(MAPS_BYTES, getsizeof=lambda maps: maps.nbytes)
     )
+    computed: LRUCache[Path, _Computed] = field(
+        default_factory=lambda: LRUCache(MAPS_BYTES, getsizeof=lambda run: run.maps.nbytes)
+    )
     scans: LRUCache[Any, tuple[float, Scan | str]] = field(
         default_factory=lambda: LRUCache(KEPT_SCANS)
     )
@@ -423,13 +449,94 @@ class _Kept:
     """Held while something is made that is kept, so that it is made once."""
 
 
+@dataclass(frozen=True)
+class _Compute:
+    """What makes maps of raw runs."""
+
+    raw: _Scans
+    computer: Computer
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """A derived run that is in no catalogue."""
+
+    node: Any
+    access_tags: Any
+    documents: tuple[Any, Any]
+    """Start and stop."""
+    maps: xr.Dataset
+
+    def metadata(self) -> dict[str, Any]:
+        return {"start": self.documents[0], "stop": self.documents[1], "computed": True}
+
+
+def _kept_on(path: Path, raw: Any) -> _Computed:
+    """Read what was computed for a raw run."""
+    documents = list(read_documents(path))
+    (_, start), (_, stop) = documents[0], documents[-1]
+    return _Computed(raw.node, raw.access_tags, (start, stop), to_maps(documents))
+
+
 class _Maps(_View):
-    def __init__(self, context: Any, node: Any, *, kept: _Kept | None = None, **options: Any):
+    def __init__(
+        self,
+        context: Any,
+        node: Any,
+        *,
+        kept: _Kept | None = None,
+        compute: _Compute | None = None,
+        **options: Any,
+    ):
         super().__init__(context, node, **options)
         self._kept = kept or _Kept()
+        self.compute = compute
 
     def new_variation(self, *args: Any, **options: Any) -> Any:
-        return super().new_variation(*args, kept=self._kept, **options)
+        return super().new_variation(*args, kept=self._kept, compute=self.compute, **options)
+
+    async def lookup_adapter(self, segments: Sequence[str]) -> Any:
+        try:
+            return await super().lookup_adapter(segments)
+        except NoEntry:
+            if self.compute is None:
+                raise
+        found = await self._of_raw(segments[0])
+        return await found.lookup_adapter(segments[1:])
+
+    async def _of_raw(self, uid: str) -> _Run:
+        """Return the maps of a raw run: of its newest derived run, else computed."""
+        assert self.compute is not None
+        limits = {"conditions": self.conditions, "access_filters": self.access_filters}
+        view = self.compute.raw.new_variation(**limits)
+        raw = await CatalogContainerAdapter.lookup_adapter(view, [uid])
+        derived = self.search(Eq("start.original_run_uid", uid)).sort([("start.time", -1)])
+        for _, run in await CatalogContainerAdapter.items_range(derived, 0, 1):
+            return await self._opened(run)
+        metadata = raw.metadata()
+        if not metadata.get("stop"):
+            problem = "no derived run yet, and it still goes on"
+            return _Run(raw, {}, metadata={"problem": problem}, specs=[_MAPS])
+        try:
+            scan = await view.scan(raw)
+            if not isinstance(scan, Scan):
+                raise UnreadableError(scan)
+            if not scan.is_in_files:
+                raise UnreadableError("its frames are in Tiled's own storage: not computed")
+            documents = [
+                ("start", metadata["start"]), *scan.documents, ("stop", metadata["stop"])
+            ]  # fmt: skip
+            path = await to_thread.run_sync(self.compute.computer.result, documents)
+            if path is None:
+                return _Run(raw, {}, metadata={"computing": True}, specs=[_MAPS])
+            run = self._kept.computed.get(path)
+            if run is None:
+                run = self._kept.computed[path] = await to_thread.run_sync(_kept_on, path, raw)
+        except (GeometryError, UnreadableError) as error:
+            return _Run(raw, {}, metadata={"problem": str(error)}, specs=[_MAPS])
+        except BusyError as error:
+            raise HTTPException(503, f"{error}: ask again", headers={"Retry-After": "10"}) from None
+        return self._listed(run, {str(name): run.maps[name].units for name in run.maps.variables})
 
     def _listed(self, run: Any, units: Mapping[str, Any] | None = None) -> _Run:
         try:
@@ -486,6 +593,8 @@ class _Maps(_View):
 
     async def _maps(self, run: Any, column: str = "") -> xr.Dataset:
         """Return all maps of a closed run; of one that goes on, those of a column if named."""
+        if isinstance(run, _Computed):
+            return run.maps
         start = run.metadata()["start"]
         if not run.metadata().get("stop"):
             wanted = {column, "flags", "row", "col"} if column else None
@@ -593,7 +702,7 @@ class _Scans(_View):
         listed = self._listed(run)
         if listed.metadata().get("problem"):
             return listed
-        scan = await self._scan(run)
+        scan = await self.scan(run)
         if isinstance(scan, str):
             return _Run(run, {}, metadata={"problem": scan}, specs=[_SCAN])
         rows, cols = scan.grid.scan.shape
@@ -645,7 +754,7 @@ class _Scans(_View):
             notes["note"] = f"no patterns: {scan.problem}"
         return _Run(run, children, metadata=notes, specs=[_SCAN], source=scan)
 
-    async def _scan(self, run: Any) -> Scan | str:
+    async def scan(self, run: Any) -> Scan | str:
         """Return a scan, or why it cannot be read; what is closed, or fresh, is kept."""
         metadata = run.metadata()
         key = (run.node.id, bool(metadata.get("stop")))
