@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from fastapi.responses import JSONResponse
 from sqlalchemy.ext.asyncio import create_async_engine
 from tiled.alembic_utils import stamp_head
 from tiled.catalog.alembic_constants import ALEMBIC_DIR, ALEMBIC_INI_TEMPLATE_PATH
@@ -20,9 +21,28 @@ from tiled.client.context import Context
 from tiled.server.app import build_app_from_config
 from tiled.server.settings import get_settings
 
-__all__ = ["api_key", "build_app", "open_catalog"]
+__all__ = ["MEDIA_TYPES", "api_key", "build_app", "open_catalog"]
 
 _RUNS = {"name": "CatalogOfBlueskyRuns", "version": "3.0"}
+_EXPORTERS = "nanobeam_bluesky.tiled_adapters.exporters"
+MEDIA_TYPES = {
+    "NanobeamMaps": {
+        "application/x-hdf5": f"{_EXPORTERS}:maps_nexus",
+        "image/png": f"{_EXPORTERS}:maps_png",
+        "image/tiff": f"{_EXPORTERS}:maps_tiff",
+        "text/csv": f"{_EXPORTERS}:maps_csv",
+        "text/html": f"{_EXPORTERS}:maps_html",
+        "text/markdown": f"{_EXPORTERS}:maps_markdown",
+    },
+    "NanobeamScan": {
+        "application/x-hdf5": f"{_EXPORTERS}:scan_nexus",
+    },
+    "NanobeamMap": {"image/png": f"{_EXPORTERS}:png"},
+    "NanobeamPatterns": {"image/png": f"{_EXPORTERS}:png"},
+    # what ``run.documents()`` asks for, and Tiled itself does not have
+    "BlueskyRun": {"application/json-seq": "bluesky_tiled_plugins.exporters:json_seq_exporter"},
+}
+"""Of each spec, in what formats it can be had: ``media_types`` of a Tiled configuration."""
 
 
 def open_catalog(folder: Path | str, *, readable_storage: Iterable[Path | str] = ()) -> Container:
@@ -92,20 +112,24 @@ def build_app(folder: Path | str, readable_storage: Iterable[Path | str]) -> Any
         ("scans", f"{views}:scans", viewed | {"mount_node": "raw"}),
         ("maps", f"{views}:maps", viewed | {"mount_node": "derived"}),
     )
-    return build_app_from_config(
+    app = build_app_from_config(
         {
             "trees": [{"path": f"/{path}", "tree": tree, "args": a} for path, tree, a in trees],
             "create_mount_nodes_if_not_exist": True,
             "authentication": {"single_user_api_key": api_key()},
             "expose_raw_assets": False,
-            # what ``run.documents()`` asks for, and Tiled itself does not have
-            "media_types": {
-                "BlueskyRun": {
-                    "application/json-seq": "bluesky_tiled_plugins.exporters:json_seq_exporter"
-                }
-            },
+            "media_types": MEDIA_TYPES,
         }
     )
+    app.add_exception_handler(ValueError, _garbled_media_type)
+    return app
+
+
+async def _garbled_media_type(request: Any, error: Exception) -> JSONResponse:
+    """Answer 400 to ``image/png;cmap``, which Tiled cannot parse."""
+    if "mimetype parameter" not in str(error):
+        raise error
+    return JSONResponse({"detail": str(error)}, 400)
 
 
 def _create(catalog: Path) -> None:

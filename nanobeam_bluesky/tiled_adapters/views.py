@@ -10,6 +10,7 @@ import asyncio
 import copy
 import math
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -168,10 +169,12 @@ class _Array(Adapter[ArrayStructure]):
                 dims=tuple(dims),
             ),
             metadata={"attrs": {"units": units}},
-            specs=[Spec(spec)],
+            specs=[*_kinds(dims), Spec(spec)],
         )
         self._run = run
         self._load = load
+        self._name = ""
+        self._siblings: Mapping[str, _Array] = {}
 
     @property
     def access_tags(self) -> Any:
@@ -183,6 +186,11 @@ class _Array(Adapter[ArrayStructure]):
         other._structure = replace(self._structure, dims=(dim,))
         return other
 
+    def among(self, name: str, siblings: Mapping[str, _Array]) -> None:
+        """Tell the array its name and what else the run has."""
+        if not self._name:
+            self._name, self._siblings = name, siblings
+
     async def read(self, slice: Any = ...) -> NDArray[Any]:
         """Return a slice of the whole."""
         index = _index(slice, len(self._structure.shape))
@@ -193,7 +201,27 @@ class _Array(Adapter[ArrayStructure]):
         size = math.prod(kept) * self._structure.data_type.to_numpy_dtype().itemsize
         if size > RESPONSE_BYTES:
             raise HTTPException(400, f"{size} bytes at once: ask for a slice, or for blocks")
+        # an exporter is given the values and this
+        self._metadata: dict[str, Any] = self._metadata | {
+            "labelled": partial(self._labelled, index)
+        }
         return await self._load(index)
+
+    async def _labelled(self, index: Index, values: NDArray[Any]) -> xr.DataArray:
+        """Return what was read with its name, units and coordinates."""
+        coords: dict[str, Any] = {}
+        kept = []
+        for dim, chosen in zip(self._structure.dims, index, strict=True):
+            if not isinstance(chosen, _slice):
+                if dim in ("row", "col"):
+                    coords[dim] = chosen
+                continue
+            kept.append(dim)
+            for name, other in self._siblings.items():
+                if other.structure().dims == (dim,):
+                    coords[name] = (dim, await other.read((chosen,)), other.metadata()["attrs"])
+        attrs = self.metadata()["attrs"] | {"start": self._run.metadata()["start"]}
+        return xr.DataArray(values, coords, kept, self._name, attrs)
 
     async def read_block(self, block: Any, slice: Any = ...) -> NDArray[Any]:
         """Return a slice of a block."""
@@ -202,6 +230,15 @@ class _Array(Adapter[ArrayStructure]):
 
 
 _slice = slice
+_MAPS, _SCAN = Spec("NanobeamMaps", "1.0"), Spec("NanobeamScan", "1.0")
+_MAP, _PATTERNS = Spec("NanobeamMap", "1.0"), Spec("NanobeamPatterns", "1.0")
+
+
+def _kinds(dims: Sequence[str]) -> list[Spec]:
+    """Say what an array shows: exporters go by it."""
+    if len(dims) < 2:
+        return []
+    return [_MAP if tuple(dims) == ("row", "col") else _PATTERNS]
 
 
 def _index(given: Any, ndim: int) -> Index:
@@ -241,15 +278,24 @@ class _Run(Adapter[ContainerStructure]):
         *,
         metadata: Mapping[str, Any],
         specs: Sequence[Spec] = (),
+        source: Any = None,
     ) -> None:
+        """`source` is what exporters read: of maps their maker, of a raw run its `Scan`."""
         super().__init__(
             ContainerStructure(keys=list(children)),
             metadata=(run.metadata() or {}) | dict(metadata),
             specs=list(specs),
         )
         self.node = run.node
+        self.source = source
         self._run = run
         self._children = dict(children)
+        for name, child in self._children.items():
+            child.among(name, self._children)
+
+    def __dask_tokenize__(self) -> str:
+        """Be new each time: Tiled's ETag knows nothing of what arrays of a run come to."""
+        return uuid.uuid4().hex
 
     @property
     def access_tags(self) -> Any:
@@ -305,7 +351,13 @@ class _Run(Adapter[ContainerStructure]):
         return offset or None
 
     def _with(self, children: Mapping[str, _Array]) -> _Run:
-        return _Run(self._run, children, metadata=self._metadata, specs=self._specs)
+        return _Run(
+            self._run,
+            children,
+            metadata=self._metadata,
+            specs=self._specs,
+            source=self.source,
+        )
 
     def sort(self, sorting: Sequence[tuple[str, int]]) -> _Run:
         """Reverse, or not: the arrays have an order of their own."""
@@ -463,7 +515,8 @@ class _Maps(_View):
             return await self._opened(run)
         metadata = raw.metadata()
         if not metadata.get("stop"):
-            return _Run(raw, {}, metadata={"problem": "no derived run yet, and it still goes on"})
+            problem = "no derived run yet, and it still goes on"
+            return _Run(raw, {}, metadata={"problem": problem}, specs=[_MAPS])
         try:
             scan = await view.scan(raw)
             if not isinstance(scan, Scan):
@@ -475,12 +528,12 @@ class _Maps(_View):
             ]  # fmt: skip
             path = await to_thread.run_sync(self.compute.computer.result, documents)
             if path is None:
-                return _Run(raw, {}, metadata={"computing": True})
+                return _Run(raw, {}, metadata={"computing": True}, specs=[_MAPS])
             run = self._kept.computed.get(path)
             if run is None:
                 run = self._kept.computed[path] = await to_thread.run_sync(_kept_on, path, raw)
         except (GeometryError, UnreadableError) as error:
-            return _Run(raw, {}, metadata={"problem": str(error)})
+            return _Run(raw, {}, metadata={"problem": str(error)}, specs=[_MAPS])
         except BusyError as error:
             raise HTTPException(503, f"{error}: ask again", headers={"Retry-After": "10"}) from None
         return self._listed(run, {str(name): run.maps[name].units for name in run.maps.variables})
@@ -491,7 +544,8 @@ class _Maps(_View):
             if math.prod(scan.shape) > MAX_POINTS or min(scan.shape) < 1:
                 raise UnreadableError(f"shape = {list(scan.shape)}: more points than can be")
         except UnreadableError as error:
-            return _Run(run, {}, metadata={"problem": str(error)})
+            # with the spec too: its client says why there are no maps
+            return _Run(run, {}, metadata={"problem": str(error)}, specs=[_MAPS])
         start = run.metadata()["start"]
         units = dict.fromkeys(scan.motors, "") | Estimates.UNITS | dict(units or {})
         children = {
@@ -506,8 +560,9 @@ class _Maps(_View):
                 run, shape, "f8", dims, load, units=units[motor], spec="xarray_coord"
             )
         attrs = {"original_run_uid": start["original_run_uid"], "uid": start["uid"]}
-        specs = [Spec("NanobeamMaps", "1.0"), Spec("xarray_dataset")]
-        return _Run(run, children, metadata={"attrs": attrs}, specs=specs)
+        specs = [_MAPS, Spec("xarray_dataset")]
+        source = partial(self._dataset, run, units)
+        return _Run(run, children, metadata={"attrs": attrs}, specs=specs, source=source)
 
     def _array(
         self, run: Any, shape: tuple[int, int], name: str, units: str, column: str = ""
@@ -524,17 +579,26 @@ class _Maps(_View):
             units = {}
         return self._listed(run, units)
 
+    async def _dataset(self, run: Any, units: Mapping[str, str]) -> xr.Dataset:
+        """Return all maps of a run, with their units."""
+        maps = (await self._maps(run)).copy()
+        for name, values in maps.variables.items():
+            key = str(name) if name in units else str(name).removesuffix("_measured")
+            values.attrs["units"] = units[key]
+        return maps
+
     async def _load(self, run: Any, name: str, column: str, index: Index) -> NDArray[Any]:
         maps = await self._maps(run, column)
         return maps[name].to_numpy()[index]
 
-    async def _maps(self, run: Any, column: str) -> xr.Dataset:
-        """Return all maps of a closed run; of one that goes on, those of a column."""
+    async def _maps(self, run: Any, column: str = "") -> xr.Dataset:
+        """Return all maps of a closed run; of one that goes on, those of a column if named."""
         if isinstance(run, _Computed):
             return run.maps
         start = run.metadata()["start"]
         if not run.metadata().get("stop"):
-            return await _put_on_grid(run, start, {column, "flags", "row", "col"})
+            wanted = {column, "flags", "row", "col"} if column else None
+            return await _put_on_grid(run, start, wanted)
         key = (run.node.id, run.node.time_updated)
         if key not in self._kept.maps:
             async with self._kept.lock:
@@ -613,8 +677,8 @@ class _Scans(_View):
         try:
             self._preset(run)
         except (GeometryError, UnreadableError) as error:
-            return _Run(run, {}, metadata={"problem": str(error)})
-        return _Run(run, {}, metadata={}, specs=[Spec("NanobeamScan", "1.0")])
+            return _Run(run, {}, metadata={"problem": str(error)}, specs=[_SCAN])
+        return _Run(run, {}, metadata={}, specs=[_SCAN])
 
     def _preset(self, run: Any) -> Preset:
         """Return the preset of a run that is a scan."""
@@ -640,7 +704,7 @@ class _Scans(_View):
             return listed
         scan = await self.scan(run)
         if isinstance(scan, str):
-            return _Run(run, {}, metadata={"problem": scan})
+            return _Run(run, {}, metadata={"problem": scan}, specs=[_SCAN])
         rows, cols = scan.grid.scan.shape
         motors = scan.grid.scan.motors
         make = partial(_Array, run)
@@ -688,7 +752,7 @@ class _Scans(_View):
         notes = {"note": scan.note} if scan.note else {}
         if scan.problem:
             notes["note"] = f"no patterns: {scan.problem}"
-        return _Run(run, children, metadata=notes, specs=[Spec("NanobeamScan", "1.0")])
+        return _Run(run, children, metadata=notes, specs=[_SCAN], source=scan)
 
     async def scan(self, run: Any) -> Scan | str:
         """Return a scan, or why it cannot be read; what is closed, or fresh, is kept."""
