@@ -71,7 +71,8 @@ def write_nexus(
     target
         Path, or a file opened for reading and writing.
     data
-        Of `to_maps`, or any images with coordinates along their dimensions.
+        Of `to_maps`, or any images with coordinates along their dimensions; of its attributes
+        ``note`` is written.
     start, stop
         Documents of the run, derived or raw.
     geometry
@@ -89,6 +90,8 @@ def write_nexus(
         _put(entry, "title", run_title(start))
         _put(entry, "entry_identifier_uuid", start.get("uid"))
         _put(entry, "experiment_identifier", start.get("proposal"))
+        if data.attrs.get("note"):
+            _put(_group(entry, "note", "NXnote"), "data", data.attrs["note"])
         if not derived:
             _put(entry, "start_time", _iso(start.get("time")))
             _put(entry, "end_time", _iso(_mapping(stop).get("time")))
@@ -296,7 +299,7 @@ def _text(value: Any) -> str:
 
 def _names(names: Iterable[str]) -> dict[str, str]:
     """Return names that NeXus allows, each its own."""
-    taken = {"sample", "instrument", "positions", "process", "bluesky", "title", "frames"}
+    taken = {"sample", "instrument", "positions", "process", "bluesky", "title", "frames", "note"}
     found: dict[str, str] = {}
     for name in names:
         allowed = re.sub(r"\W", "_", name, flags=re.ASCII)[:_LONGEST] or "_"

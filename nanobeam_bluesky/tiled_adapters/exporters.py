@@ -191,7 +191,7 @@ def _nexus(
 
 
 async def scan_nexus(media_type: str, node: Any, metadata: Any, filter_for_access: Any) -> Any:
-    """Write what a scan measured as NeXus, its frames where they are not too many."""
+    """Write what a scan measured as NeXus, without frames that are too many for an answer."""
     asked = {name for name, _ in await node.items_range()}
     if "frames" in asked:
         asked.discard("patterns")  # which are parts of them
@@ -206,18 +206,21 @@ def _scan_nexus(
 ) -> Any:
     rows, cols = (np.arange(n) for n in scan.grid.scan.shape)
     frames = None
+    left_out: list[str] = []
     for name, shape, dtype in (
         ("frames", scan.frame_shape, scan.dtype),
         ("patterns", scan.geometry.pattern_shape if scan.geometry else (0, 0), np.dtype("f4")),
     ):
         size = rows.size * cols.size * math.prod(shape) * dtype.itemsize
         if name in asked and size > RESPONSE_BYTES:
-            raise HTTPException(
-                400,
+            too_much = (
                 f"{name} of {rows.size} × {cols.size} points of {shape} are {size / 1e9:.3g} GB, "
-                f"an answer has at most {RESPONSE_BYTES / 1e9:g} GB: ask for slices of them, and "
-                "for a file of other fields, such as field=intensity&field=mean_pattern",
+                f"an answer has at most {RESPONSE_BYTES / 1e9:g} GB: ask for slices of them"
             )
+            asked = asked - {name}
+            if not asked:
+                raise HTTPException(400, too_much)
+            left_out.append(too_much)
     positions = scan.positions()
     units = scan.units
     coords = {
@@ -243,4 +246,5 @@ def _scan_nexus(
             (scan.frames(rows[i : i + 1], cols, roi)[0] for i in range(rows.size)),
         )
     chosen = {name: values for name, values in data.items() if name in asked}
-    return _nexus(xr.Dataset(chosen, coords), start, stop, scan.geometry, frames)
+    shown = xr.Dataset(chosen, coords, {"note": "; ".join(left_out)} if left_out else {})
+    return _nexus(shown, start, stop, scan.geometry, frames)

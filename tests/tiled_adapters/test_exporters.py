@@ -185,9 +185,11 @@ def test_run_that_is_no_scan_is_refused_with_the_reason(get):
     assert (answer.status_code, "no SXDM scan" in answer.text) == (422, True)
 
 
-def test_more_frames_than_an_answer_holds_are_refused_with_what_to_ask_for(get, monkeypatch):
+def test_frames_that_no_answer_holds_are_left_out_and_the_file_says_so(get, monkeypatch):
     monkeypatch.setattr(exporters, "RESPONSE_BYTES", 500_000)
-    answer = get("scans", "scan", format="h5")
+    with h5py.File(io.BytesIO(content(get("scans", "scan", format="h5")))) as file:
+        assert "intensity" in file["entry"] and "frames" not in file["entry"]
+        assert "ask for slices" in file["entry/note/data"].asstr()[()]
+    answer = get("scans", "scan", format="h5", field="frames")
     assert answer.status_code == 400
-    assert "other fields, such as field=intensity&field=mean_pattern" in answer.text
-    content(get("scans", "scan", format="h5", field=["intensity", "mean_pattern"]))
+    assert "ask for slices" in answer.text
