@@ -7,10 +7,14 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -28,8 +32,10 @@ from nanobeam_bluesky.presets import Preset
 
 __all__ = ["Recorded", "Scan", "UnreadableError", "recorded"]
 
-AT_ONCE = 256
+AT_ONCE = 96
 """Points that are read at once: enough to fill batches, little enough to hold."""
+THREADS = min(4, os.cpu_count() or 1)
+"""Threads that read for one request."""
 _TABLE = re.compile(r"internal(_\d+)?")
 """Where TiledWriter puts the events of a stream."""
 _NUMBER = re.compile(r"(\d+)(\D*)")
@@ -236,9 +242,7 @@ class Scan:
         assert geometry is not None
         out = np.full((len(rows), len(cols), *geometry.pattern_shape), np.nan, np.float32)
         flat = out.reshape(-1, *geometry.pattern_shape)
-        for where, block in self._stretches(rows, cols):
-            filled = self._filled(block, geometry.roi)
-            patterns, _, status, reason = self._reader.patterns(filled, geometry)
+        for where, _, patterns, status, reason in self._patterns(self._stretches(rows, cols)):
             ok = self._ok(status, reason)
             flat[where[ok]] = patterns[ok]
         return out
@@ -254,9 +258,8 @@ class Scan:
         with sums.lock:
             sums.begin(self.grid.num_points, geometry.pattern_shape, self._sources())
             rows, cols = (np.arange(n) for n in self.grid.scan.shape)
-            for _, block in self._stretches(rows, cols, sums.done):
-                filled = self._filled(block, geometry.roi)
-                patterns, _, status, _ = self._reader.patterns(filled, geometry)
+            stretches = self._stretches(rows, cols, sums.done)
+            for _, block, patterns, status, _ in self._patterns(stretches):
                 ok = status == ReadStatus.OK
                 sums.add(np.arange(block.first, block.stop)[ok], patterns[ok])
             return sums.intensity[self._point], sums.mean
@@ -316,6 +319,27 @@ class Scan:
                 block = self._blocks[blocks[first]]
                 begin = int(points[first])
                 yield order[part], block.part(begin, begin + part.stop - part.start)
+
+    def _patterns(
+        self, stretches: Iterator[tuple[NDArray[Any], PointBlock]]
+    ) -> Iterator[tuple[NDArray[Any], PointBlock, NDArray[np.float32], NDArray[np.int8], str]]:
+        """Yield stretches with what the reader finds, several being read at once."""
+        geometry = self.geometry
+        assert geometry is not None
+
+        def read(block: PointBlock) -> tuple[NDArray[np.float32], NDArray[np.int8], str]:
+            filled = self._filled(block, geometry.roi)
+            patterns, _, status, reason = self._reader.patterns(filled, geometry)
+            return patterns, status, reason
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            reading = deque(
+                (stretch, pool.submit(read, stretch[1])) for stretch in islice(stretches, THREADS)
+            )
+            while reading:
+                (where, block), found = reading.popleft()
+                reading += ((s, pool.submit(read, s[1])) for s in islice(stretches, 1))
+                yield where, block, *found.result()
 
     def _filled(self, block: PointBlock, roi: ROI) -> PointBlock:
         """Return a block with its values where Tiled itself stores these."""
