@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from fastapi.responses import JSONResponse
 from sqlalchemy.ext.asyncio import create_async_engine
 from tiled.alembic_utils import stamp_head
 from tiled.catalog.alembic_constants import ALEMBIC_DIR, ALEMBIC_INI_TEMPLATE_PATH
@@ -17,11 +19,29 @@ from tiled.catalog.core import initialize_database
 from tiled.client import from_context
 from tiled.client.container import Container
 from tiled.client.context import Context
+from tiled.config import Config
 from tiled.server.app import build_app_from_config
 from tiled.server.settings import get_settings
 
-__all__ = ["api_key", "build_app", "open_catalog"]
+from nanobeam_bluesky.tiled_adapters.confined import Confined, roots_of
 
+__all__ = [
+    "MEDIA_TYPES",
+    "STREAMING",
+    "VIEWS",
+    "api_key",
+    "build_app",
+    "configuration",
+    "open_catalog",
+]
+
+VIEWS = "nanobeam_bluesky.tiled_adapters.views"
+STREAMING = {"uri": "memory", "data_ttl": 600}
+"""What is written is kept for so many seconds, for those who subscribe late."""
+MEDIA_TYPES = {
+    # what ``run.documents()`` asks for, and Tiled itself does not have
+    "BlueskyRun": {"application/json-seq": "bluesky_tiled_plugins.exporters:json_seq_exporter"},
+}
 _RUNS = {"name": "CatalogOfBlueskyRuns", "version": "3.0"}
 
 
@@ -53,7 +73,7 @@ def open_catalog(folder: Path | str, *, readable_storage: Iterable[Path | str] =
     --------
     >>> run = open_catalog("nanobeam-demo")["derived"].values().last()  # doctest: +SKIP
     """
-    app = build_app(folder, readable_storage)
+    app = build_app(configuration(folder, readable_storage) | {"streaming_cache": None})
     with warnings.catch_warnings():
         # Tiled talks to its own application through starlette's test client
         warnings.filterwarnings("ignore", message=".*httpx.*starlette.testclient")
@@ -61,16 +81,22 @@ def open_catalog(folder: Path | str, *, readable_storage: Iterable[Path | str] =
 
 
 def api_key() -> str:
-    """Return the key of every Tiled application in this process: 32 random bytes.
+    """Return the key of every Tiled application in this process.
 
-    Tiled's settings are one object for all of them; a second key would lock out the first.
+    That of ``TILED_SINGLE_USER_API_KEY``, or 32 random bytes. Tiled's settings are one object
+    for all of them; a second key would lock out the first.
     """
     key: str = get_settings().single_user_api_key
     return key
 
 
-def build_app(folder: Path | str, readable_storage: Iterable[Path | str]) -> Any:
-    """Return the Tiled application (ASGI) of the catalogue in `folder`."""
+def configuration(
+    folder: Path | str,
+    readable_storage: Iterable[Path | str] = (),
+    *,
+    root_map: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Return Tiled's configuration of the catalogue in `folder`, which is created if missing."""
     folder = Path(folder).resolve()
     (folder / "frames").mkdir(parents=True, exist_ok=True)
     catalog = folder / "catalog.db"
@@ -81,31 +107,57 @@ def build_app(folder: Path | str, readable_storage: Iterable[Path | str]) -> Any
     # SQLite and not DuckDB, which is 1.2 to 1.6 times faster but belongs to one
     # process: a scan may be looked at from a second one while it is recorded
     writable = [str(folder / "arrays"), f"sqlite:///{folder / 'tables.db'}"]
-    readable = [str(folder / "frames"), *(str(Path(p)) for p in readable_storage)]
+    readable = [str(folder / "frames"), *(str(Path(p).resolve()) for p in readable_storage)]
     runs = {"uri": f"sqlite:///{catalog}", "specs": [_RUNS]}
     stored = runs | {"writable_storage": writable, "readable_storage": readable}
     viewed = runs | {"readable_storage": [*readable, *writable]}
-    views = "nanobeam_bluesky.tiled_adapters.views"
+    mapped = {"root_map": dict(root_map)} if root_map else {}
     trees = (
         ("raw", "catalog", stored | {"mount_node": "raw"}),
         ("derived", "catalog", stored | {"mount_node": "derived"}),
-        ("scans", f"{views}:scans", viewed | {"mount_node": "raw"}),
-        ("maps", f"{views}:maps", viewed | {"mount_node": "derived"}),
+        ("scans", f"{VIEWS}:scans", viewed | {"mount_node": "raw"} | mapped),
+        ("maps", f"{VIEWS}:maps", viewed | {"mount_node": "derived"}),
     )
-    return build_app_from_config(
-        {
-            "trees": [{"path": f"/{path}", "tree": tree, "args": a} for path, tree, a in trees],
-            "create_mount_nodes_if_not_exist": True,
-            "authentication": {"single_user_api_key": api_key()},
-            "expose_raw_assets": False,
-            # what ``run.documents()`` asks for, and Tiled itself does not have
-            "media_types": {
-                "BlueskyRun": {
-                    "application/json-seq": "bluesky_tiled_plugins.exporters:json_seq_exporter"
-                }
-            },
-        }
-    )
+    return {
+        "trees": [{"path": f"/{path}", "tree": tree, "args": a} for path, tree, a in trees],
+        "create_mount_nodes_if_not_exist": True,
+        "expose_raw_assets": False,
+        "streaming_cache": STREAMING,
+        "media_types": MEDIA_TYPES,
+    }
+
+
+def build_app(config: Mapping[str, Any] | Config) -> Any:
+    """Return the Tiled application (ASGI) of a configuration: with a key, its files confined.
+
+    Raises
+    ------
+    ValueError
+        If the configuration is none, lets in anyone, or has a key that cannot stand in a URL.
+    """
+    config = Config.model_validate(config)
+    who = config.authentication
+    if who.allow_anonymous_access:
+        raise ValueError("authentication.allow_anonymous_access: expected false, or nothing")
+    who.allow_anonymous_access = False  # whatever Tiled's environment says
+    if not who.providers:
+        who.single_user_api_key = who.single_user_api_key or api_key()
+        if not re.fullmatch("[a-zA-Z0-9]+", who.single_user_api_key):
+            raise ValueError("the API key must be of letters and digits, as it stands in URLs")
+    for tree in config.trees:
+        context = getattr(tree.tree, "context", None)
+        if context is not None:
+            context.adapters_by_mimetype = Confined(context.adapters_by_mimetype, roots_of(context))
+    app = build_app_from_config(config)
+    app.add_exception_handler(TypeError, _garbled_key)
+    return app
+
+
+async def _garbled_key(request: Any, error: Exception) -> JSONResponse:
+    """Answer 401 to a key that is not ASCII, which Tiled cannot compare with its own."""
+    if "non-ASCII" not in str(error):
+        raise error
+    return JSONResponse({"detail": "Invalid API key"}, 401)
 
 
 def _create(catalog: Path) -> None:

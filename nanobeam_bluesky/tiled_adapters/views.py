@@ -25,7 +25,6 @@ from tiled.adapters.core import Adapter
 from tiled.catalog.adapter import CatalogContainerAdapter, from_uri
 from tiled.queries import AccessTagsFilter
 from tiled.server.core import NoEntry
-from tiled.storage import FileStorage
 from tiled.structures.array import ArrayStructure, BuiltinDtype
 from tiled.structures.container import ContainerStructure
 from tiled.structures.core import Spec, StructureFamily
@@ -33,10 +32,10 @@ from tiled.utils import UnsupportedQueryType
 
 from nanobeam_bluesky.documents import FrameReader
 from nanobeam_bluesky.documents.maps import derived_scan, to_maps
-from nanobeam_bluesky.documents.roots import Roots
 from nanobeam_bluesky.geometry import ROI, GeometryError
 from nanobeam_bluesky.models import Estimates
 from nanobeam_bluesky.presets import Preset
+from nanobeam_bluesky.tiled_adapters.confined import roots_of
 from nanobeam_bluesky.tiled_adapters.scans import Scan, UnreadableError, recorded
 
 __all__ = ["maps", "scans"]
@@ -106,8 +105,7 @@ def scans(
         Folders of the documents' paths → where they are mounted here.
     """
     found = from_uri(uri, readable_storage=list(readable_storage), specs=list(specs))
-    folders = [s.path for s in found.context.readable_storage.values() if type(s) is FileStorage]
-    reader = FrameReader(roots=Roots(folders), refresh=False)
+    reader = FrameReader(roots=roots_of(found.context), refresh=False)
     settings = _Settings(Preset.choices(preset), reader, root_map)
     return _Scans(found.context, found.node, settings=settings, mount_path=_segments(mount_node))
 
