@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from fastapi.responses import JSONResponse
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -150,7 +151,41 @@ def build_app(config: Mapping[str, Any] | Config) -> Any:
             context.adapters_by_mimetype = Confined(context.adapters_by_mimetype, roots_of(context))
     app = build_app_from_config(config)
     app.add_exception_handler(TypeError, _garbled_key)
+    if any(urlparse((tree.args or {}).get("uri", "")).scheme == "sqlite" for tree in config.trees):
+        app.add_middleware(OneWriter)
     return app
+
+
+class OneWriter:
+    """Let requests write one after the other, whoever sends them, and read meanwhile.
+
+    SQLite gives up on a second writer after a while: on a busy disk a raw run lost its stop
+    document to the pages of its derived run.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self._lock = asyncio.Lock()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve a request."""
+        method = scope.get("method", "GET")
+        reads = method in ("GET", "HEAD", "OPTIONS") or (
+            method == "POST" and "/full/" in scope["path"]
+        )
+        if scope["type"] != "http" or reads:
+            await self._app(scope, receive, send)
+            return
+        messages = [await receive()]  # all of it first: a slow client holds up nobody
+        while messages[-1].get("more_body"):
+            messages.append(await receive())
+        coming = iter(messages)
+
+        async def again() -> Any:
+            return next(coming, None) or await receive()
+
+        async with self._lock:
+            await self._app(scope, again, send)
 
 
 async def _garbled_key(request: Any, error: Exception) -> JSONResponse:

@@ -19,7 +19,7 @@ import numpy as np
 import xarray as xr
 from anyio import to_thread
 from cachetools import LRUCache
-from fastapi import HTTPException
+from fastapi import HTTPException, WebSocketException
 from numpy.typing import NDArray
 from tiled.adapters.core import Adapter
 from tiled.catalog.adapter import CatalogContainerAdapter, from_uri
@@ -117,10 +117,16 @@ def _segments(path: str) -> list[str]:
 # ----------------------------------------------------------------------- arrays and runs
 
 
+def _no_stream(self: Any, *_: Any) -> Any:
+    """Refuse those who subscribe: what is new is told by the catalogue behind the view."""
+    raise WebSocketException(1008, "a view: subscribe to the run in the catalogue behind it")
+
+
 class _Array(Adapter[ArrayStructure]):
     """An array that is made, or read, when it is asked for."""
 
     structure_family = StructureFamily.array
+    make_ws_handler = _no_stream
 
     def __init__(
         self,
@@ -210,6 +216,7 @@ class _Run(Adapter[ContainerStructure]):
     """One run as arrays; without any where there is a problem, which every request is told."""
 
     structure_family = StructureFamily.container
+    make_ws_handler = _no_stream
 
     def __init__(
         self,
@@ -312,6 +319,8 @@ class _Run(Adapter[ContainerStructure]):
 
 class _View(CatalogContainerAdapter):
     """A catalogue whose runs are shown otherwise; searched, sorted and paged as it is."""
+
+    make_ws_handler = _no_stream
 
     async def lookup_adapter(self, segments: Sequence[str]) -> Any:
         """Return a run, or an array of one."""

@@ -1,0 +1,320 @@
+"""The server: a real scan recorded, followed and read over HTTP; its options; what it refuses."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import httpx
+import numpy as np
+import pytest
+import yaml
+from bluesky import RunEngine
+from bluesky_tiled_plugins import subscribe_to_streams
+from tiled.client import from_uri
+from typer.testing import CliRunner
+
+from nanobeam_bluesky import to_maps
+from nanobeam_bluesky.callbacks import BackgroundSink, NanobeamCallback
+from nanobeam_bluesky.cli import app
+from nanobeam_bluesky.geometry import Geometry
+from nanobeam_bluesky.sim import SimulatedSXDM, phantom, sxdm_fly
+from nanobeam_bluesky.tiled_adapters import (
+    derived_writer,
+    open_catalog,
+    raw_writer,
+    serve,
+    serve_config,
+)
+from nanobeam_bluesky.tiled_adapters.server import is_private, print_config
+
+pytestmark = pytest.mark.filterwarnings(
+    # Tiled's client and today's websockets
+    "ignore:connect.. must be used as a context manager:DeprecationWarning"
+)
+SAMPLE = phantom("unique", (4, 5))
+GEOMETRY = Geometry.published().model_copy(
+    update={"detector_shape": (160, 144), "bragg_center_px": (70.0, 80.0)}
+)
+TREES = ["raw", "derived", "scans", "maps"]
+
+
+class Watched(SimulatedSXDM):
+    """Notes when each frame was written."""
+
+    def _open(self):
+        self.written = []
+        super()._open()
+
+    def _take(self, index, row, col):
+        super()._take(index, row, col)
+        self.written.append(time.monotonic())
+
+
+@contextmanager
+def engine():
+    RE = RunEngine(context_managers=[])
+    yield RE
+    RE.loop.call_soon_threadsafe(RE.loop.stop)
+    RE._th.join()
+    RE.loop.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A server that records a scan and its maps, and what a subscriber saw of it meanwhile."""
+    folder = tmp_path_factory.mktemp("served")
+    sxdm = Watched(SAMPLE, GEOMETRY, folder / "frames", counts=20_000)
+    seen, uids = {}, {}
+    with serve(folder) as url, engine() as RE:
+        client = from_uri(url)
+        callback = NanobeamCallback()
+        callback.subscribe(derived_writer(client["derived"]))
+        callback.subscribe(lambda name, doc: uids.update(derived=doc["uid"]), "start")
+        record = BackgroundSink(raw_writer(client["raw"]))
+        RE.subscribe(record)
+        RE.subscribe(callback)
+        while not callback.health.worker_ready:
+            time.sleep(0.05)
+
+        def see(update):
+            for number, strain in update.data()[["seq_num", "strain"]].itertuples(index=False):
+                seen[int(number)] = strain, time.monotonic(), update.run_uid
+
+        with subscribe_to_streams(
+            client["derived"], see, streams={"primary": ["seq_num", "strain"]}
+        ):
+            (uids["raw"],) = RE(sxdm_fly(sxdm, dwell_s=0.1))
+            assert callback.wait(60)
+            assert record.close(60)
+            end = time.monotonic() + 10
+            while len(seen) < SAMPLE.size and time.monotonic() < end:
+                time.sleep(0.05)
+        callback.close()
+        assert record.health.errors == 0, record.health.last_error
+        yield SimpleNamespace(
+            folder=folder, url=url, client=client, sxdm=sxdm, seen=seen, uids=uids
+        )
+        client.context.close()
+
+
+def test_subscribers_see_values_at_most_2_s_after_the_frame(server):
+    assert sorted(server.seen) == list(range(1, SAMPLE.size + 1))
+    maps = to_maps(server.client["derived"][server.uids["derived"]])
+    for number, (strain, when, uid) in server.seen.items():
+        assert when - server.sxdm.written[number - 1] < 2
+        assert uid == server.uids["derived"]
+        row, col = divmod(number - 1, SAMPLE.shape[1])
+        col = SAMPLE.shape[1] - 1 - col if row % 2 else col
+        assert strain == maps["strain"].to_numpy()[row, col]
+
+
+def test_views_do_not_stream_and_say_so(server):
+    from websockets.exceptions import InvalidStatus
+    from websockets.sync.client import connect
+
+    base, key = server.url.removeprefix("http").split("?")
+    for path in ("maps", f"maps/{server.uids['derived']}", f"scans/{server.uids['raw']}/frames"):
+        with (
+            pytest.raises(InvalidStatus, match="403"),
+            connect(
+                f"ws{base}/api/v1/stream/single/{path}",
+                additional_headers={"Authorization": f"Apikey {key.removeprefix('api_key=')}"},
+            ),
+        ):
+            pass
+
+
+# ---------------------------------------------------------------------- nanobeam serve
+
+
+@contextmanager
+def running(*arguments, **environment):
+    """A server in a process of its own, its address, and what it has printed by its end."""
+    process = subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"COLUMNS": "300", "PYTHONUNBUFFERED": "1"} | environment,
+    )
+    running = SimpleNamespace(process=process, text="", url="")
+    try:
+        while "http://" not in running.text:
+            line = process.stdout.readline()
+            assert line, running.text
+            running.text += line
+        running.url = next(word for word in running.text.split() if word.startswith("http://"))
+        yield running
+    finally:
+        process.send_signal(signal.SIGINT)
+        running.text += process.communicate(timeout=30)[0]
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A folder with one raw run whose file nobody in this process has opened to read."""
+    folder = tmp_path_factory.mktemp("recorded")
+    client = open_catalog(folder)
+    record = BackgroundSink(raw_writer(client["raw"]))
+    with engine() as RE:
+        RE.subscribe(record)
+        (uid,) = RE(sxdm_fly(SimulatedSXDM(SAMPLE, GEOMETRY, folder / "frames")))
+    assert record.close(60)
+    client.context.close()
+    (file,) = (folder / "frames").iterdir()
+    return SimpleNamespace(folder=folder, uid=uid, file=file)
+
+
+def test_serve_reads_without_locks_and_ends_by_ctrl_c(recorded):
+    command = ("-m", "nanobeam_bluesky.cli", "serve", recorded.folder, "--port", "0")
+    key = "0123456789abcdefABCDEF"
+    with running(*command, TILED_SINGLE_USER_API_KEY=key) as served:
+        assert served.url.endswith(f"?api_key={key}")
+        client = from_uri(served.url)
+        assert list(client) == TREES
+        frames = client["scans"][recorded.uid]["frames"].read()
+        assert frames.sum() > 0
+        np.testing.assert_array_equal(
+            client["raw"][recorded.uid]["primary"]["sxdm_image"].read()[0].squeeze(), frames[0, 0]
+        )
+        with open(recorded.file, "rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as HDF5 does for a writer
+        with pytest.raises(OSError, match="in use"):
+            port = int(served.url.partition("?")[0].rpartition(":")[2])
+            with serve(recorded.folder, port=port):
+                pass
+        subscription = client["derived"].subscribe()
+        subscription.start_in_thread()
+    assert served.process.returncode == 0
+    assert served.text.count(key) == 1
+    assert served.text.endswith("ended\n")
+    assert "Traceback" not in served.text
+    subscription.disconnect()
+    client.context.close()
+
+
+def test_printed_configuration_is_served_by_tiled_and_by_ours(recorded, tmp_path):
+    done = CliRunner().invoke(
+        app,
+        ["serve", str(recorded.folder), "--print-config", "--readable-storage", str(tmp_path)],
+        env={"HDF5_USE_FILE_LOCKING": "FALSE"},
+    )
+    assert done.exit_code == 0
+    assert done.output == print_config(recorded.folder, [tmp_path])
+    file = tmp_path / "tiled.yml"
+    file.write_text(done.output)
+    command = ("-m", "tiled", "serve", "config", file, "--port", str(free_port()))
+    with running(*command) as theirs, serve_config(file, port=0) as ours:
+        time.sleep(0.1)
+        for url in (theirs.url, ours):
+            client = from_uri(url) if url is ours else patiently(url)
+            assert list(client) == TREES
+            assert client["scans"][recorded.uid]["intensity"].read().shape == SAMPLE.shape
+            client["derived"].subscribe().start_in_thread().disconnect()
+            answer = httpx.get(f"{url.partition('?')[0]}/api/v1/metadata/maps")
+            assert answer.status_code == 401
+            client.context.close()
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def patiently(url):
+    """Connect to a server that tells its address before it listens."""
+    for _ in range(100):
+        try:
+            httpx.get(url)
+            break
+        except httpx.ConnectError:
+            time.sleep(0.1)
+    return from_uri(url)
+
+
+def facility(folder, **changes):
+    """A configuration as a facility has one, with catalogues below its name."""
+    config = yaml.safe_load(print_config(folder))
+    trees = [tree | {"path": f"/hxn{tree['path']}"} for tree in config["trees"][:2]]
+    return {"trees": trees, "create_mount_nodes_if_not_exist": True} | changes
+
+
+def test_views_are_added_to_the_catalogues_of_a_configuration(recorded, tmp_path, monkeypatch):
+    monkeypatch.setenv("TILED_ALLOW_ANONYMOUS_ACCESS", "1")
+    file = tmp_path / "facility.yml"
+    file.write_text(yaml.safe_dump(facility(recorded.folder, uvicorn={"port": free_port()})))
+    with serve_config(file) as url:
+        client = from_uri(url)
+        assert list(client["hxn"]) == TREES
+        scan = client["hxn"]["scans"][recorded.uid]
+        assert scan["frames"].shape == (*SAMPLE.shape, 160, 144)
+        asset = httpx.get(
+            url.replace("?", f"/api/v1/asset/bytes/hxn/raw/{recorded.uid}/primary/sxdm_image?id=1&")
+        )
+        assert asset.status_code == 403
+        assert httpx.get(f"{url.partition('?')[0]}/api/v1/metadata/hxn").status_code == 401
+        client.context.close()
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "words"),
+    [
+        (None, 1, "No such file"),
+        ("a: [", 2, "is no YAML"),
+        ("- 1", 2, "expected a Tiled configuration (YAML), found list"),
+        ({"catalog": {"uri": "sqlite://"}}, 2, "no catalogue at …/raw or …/derived"),
+        ({"trees": [{"path": "/x", "tree": "catalog"}]}, 2, "found ['/x']"),
+        ({"colour": "red"}, 2, "colour: Extra inputs are not permitted"),
+        ({"authentication": {"allow_anonymous_access": True}}, 2, "expected false, or nothing"),
+        ({"authentication": {"single_user_api_key": "a&b"}}, 2, "of letters and digits"),
+    ],
+)
+def test_a_configuration_that_cannot_be_served_is_refused(
+    content, code, words, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HDF5_USE_FILE_LOCKING", "FALSE")  # so that it is as it was afterwards
+    file = tmp_path / "tiled.yml"
+    if isinstance(content, dict):
+        whole = "catalog" in content or "trees" in content
+        content = yaml.safe_dump(content if whole else facility(tmp_path / "runs", **content))
+    if content is not None:
+        file.write_text(content)
+    done = CliRunner().invoke(app, ["serve", "--config", str(file), "--port", "0"])
+    assert (done.exit_code, words in done.output) == (code, True), done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["{file}"], 1, "Not a directory"),
+        (["{folder}", "--config", "{file}"], 2, "give it alone"),
+        (["{folder}", "--root-map", "/ioc"], 2, "expected OLD=NEW"),
+        (["{folder}", "--port", "70000"], 2, "65535"),
+        (["{folder}", "--host", "192.0.2.1"], 1, "Others can reach 192.0.2.1"),
+        (["{folder}", "--host", "192.0.2.1"], 1, "Cannot assign requested address"),
+        (["{broken}"], 1, "Tiled did not start"),
+    ],
+)
+def test_what_cannot_be_served_is_said(arguments, code, words, tmp_path, monkeypatch):
+    monkeypatch.setenv("HDF5_USE_FILE_LOCKING", "FALSE")
+    monkeypatch.setenv("COLUMNS", "300")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "catalog.db").write_text("this is no database" * 100)
+    places = {name: str(tmp_path / name) for name in ("file", "folder", "broken")}
+    arguments = [argument.format(**places) for argument in arguments]
+    done = CliRunner().invoke(app, ["serve", "--port", "0", *arguments])
+    assert (done.exit_code, words in done.output) == (code, True), done.output
+
+
+def test_addresses_of_this_machine_alone_are_known():
+    assert [is_private(h) for h in ("127.0.0.1", "::1", "localhost")] == [True] * 3
+    assert [is_private(h) for h in ("0.0.0.0", "::", "192.0.2.1", "host.org", "")] == [False] * 5
