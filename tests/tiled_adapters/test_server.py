@@ -2,11 +2,13 @@
 
 import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -318,3 +320,18 @@ def test_what_cannot_be_served_is_said(arguments, code, words, tmp_path, monkeyp
 def test_addresses_of_this_machine_alone_are_known():
     assert [is_private(h) for h in ("127.0.0.1", "::1", "localhost")] == [True] * 3
     assert [is_private(h) for h in ("0.0.0.0", "::", "192.0.2.1", "host.org", "")] == [False] * 5
+
+
+def test_the_example_is_served_and_its_client_runs(server, tmp_path, monkeypatch):
+    example = Path(__file__).parents[2] / "examples" / "serve_maps"
+    # under another name, as two engines of one process do not share a database
+    (tmp_path / "runs").symlink_to(server.folder)
+    monkeypatch.setenv("NANOBEAM_FOLDER", str(tmp_path / "runs"))
+    with serve_config(example / "tiled.yml", port=0) as url:
+        command = [sys.executable, example / "client.py", url]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    row, col = map(int, re.search(r"row (\d+), column (\d+)", done.stdout).groups())
+    maps = to_maps(server.client["derived"][server.uids["derived"]])
+    assert f"its pattern has {maps['counts'].to_numpy()[row, col]:.0f} counts" in done.stdout
+    assert (tmp_path / "strain.png").read_bytes().startswith(b"\x89PNG")
