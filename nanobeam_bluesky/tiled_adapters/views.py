@@ -413,7 +413,8 @@ class _Maps(_View):
     def _array(
         self, run: Any, shape: tuple[int, int], name: str, units: str, column: str = ""
     ) -> _Array:
-        dtype = "i8" if name == "flags" else "f8"
+        # Tiled's web page draws no integers of 8 bytes
+        dtype = "i4" if name == "flags" else "f8"
         load = partial(self._load, run, name, column or name)
         return _Array(run, shape, dtype, ("row", "col"), load, units=units)
 
@@ -426,8 +427,8 @@ class _Maps(_View):
         return self._listed(run, units)
 
     async def _load(self, run: Any, name: str, column: str, index: Index) -> NDArray[Any]:
-        maps = await self._maps(run, column)
-        return maps[name].to_numpy()[index]
+        values = (await self._maps(run, column))[name].to_numpy()[index]
+        return values.astype("i4") if name == "flags" else values
 
     async def _maps(self, run: Any, column: str) -> xr.Dataset:
         """Return all maps of a closed run; of one that goes on, those of a column."""

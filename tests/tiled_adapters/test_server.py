@@ -1,17 +1,20 @@
 """The server: a real scan recorded, followed and read over HTTP; its options; what it refuses."""
 
+import base64
 import fcntl
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
+import matplotlib.image
 import numpy as np
 import pytest
 import yaml
@@ -335,3 +338,77 @@ def test_the_example_is_served_and_its_client_runs(server, tmp_path, monkeypatch
     maps = to_maps(server.client["derived"][server.uids["derived"]])
     assert f"its pattern has {maps['counts'].to_numpy()[row, col]:.0f} counts" in done.stdout
     assert (tmp_path / "strain.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --------------------------------------------------------------------------- a browser
+
+
+@pytest.fixture
+def browser():
+    """A headless Chromium: ``until(script)`` waits for what JavaScript returns on a page."""
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("chromium and chromedriver are not installed")
+    options = {"args": ["--headless=new", "--no-sandbox", "--disable-gpu"]}
+    wanted = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}}
+    command = ["chromedriver", "--port=0"]
+    with ExitStack() as stack:
+        driver = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        stack.callback(driver.terminate)
+        port = next(
+            filter(None, (re.search(r"successfully on port (\d+)", line) for line in driver.stdout))
+        )
+        base = f"http://127.0.0.1:{port[1]}"
+        client = stack.enter_context(httpx.Client(base_url=base, timeout=60))
+        session = "session/" + client.post("session", json=wanted).json()["value"]["sessionId"]
+        stack.callback(client.delete, session)
+
+        def run(script):
+            body = {"script": f"return {script}", "args": []}
+            return client.post(f"{session}/execute/sync", json=body).json()["value"]
+
+        def until(script):
+            for _ in range(300):
+                found = run(script)
+                if found:
+                    return found
+                time.sleep(0.05)
+            raise AssertionError(f"{script} in {run('document.body.innerText')}")
+
+        yield SimpleNamespace(
+            visit=lambda url: client.post(f"{session}/url", json={"url": url}),
+            until=until,
+            picture=lambda: base64.b64decode(client.get(f"{session}/screenshot").json()["value"]),
+        )
+
+
+def test_the_web_page_lists_runs_and_draws_maps(server, browser, derived_documents, tmp_path):
+    shape = 6, 7
+    flags, strain = np.zeros(shape, int), np.arange(42.0).reshape(shape) ** 2 * 1e-5
+    flags[2, 3], strain[2, 3] = 32, np.nan
+    documents = derived_documents(shape, change={"flags": flags, "strain": strain})
+    write = derived_writer(server.client["derived"])
+    for name, doc in documents:
+        write(name, doc)
+    uid = documents[0][1]["uid"]
+    base, key = server.url.split("?")
+    browser.visit(f"{base}/ui/browse/maps?{key}")
+    text = "document.body.innerText"
+    browser.until(f"{text}.includes('{uid}')")
+    assert server.uids["derived"] in browser.until(text)
+    browser.visit(f"{base}/ui/browse/maps/{uid}")  # the key is a cookie by now
+    browser.until(f"{text}.includes('strain_sigma')")
+    pixels = (
+        "(canvas => canvas && [...canvas.getContext('2d')"
+        ".getImageData(0, 0, canvas.width, canvas.height).data]"
+        ".filter((value, at) => at % 4 == 0))(document.querySelector('canvas'))"
+    )
+    for name, values in (("strain", strain), ("flags", flags)):
+        browser.visit(f"{base}/ui/browse/maps/{uid}/{name}")
+        drawn = np.reshape(browser.until(f"{pixels}?.some(x => x) && {pixels}"), shape)
+        low, high = np.nanmin(values), np.nanmax(values)
+        np.testing.assert_allclose(
+            drawn, np.nan_to_num(255 * (values - low) / (high - low)), atol=1
+        )
+    picture = tmp_path / "map.png"
+    picture.write_bytes(browser.picture())
+    assert matplotlib.image.imread(picture).std() > 0.1
