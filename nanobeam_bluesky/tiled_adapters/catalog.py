@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import warnings
@@ -35,6 +36,8 @@ __all__ = [
     "configuration",
     "open_catalog",
 ]
+
+logger = logging.getLogger("nanobeam_bluesky")
 
 VIEWS = "nanobeam_bluesky.tiled_adapters.views"
 STREAMING = {"uri": "memory", "data_ttl": 600}
@@ -150,7 +153,8 @@ def build_app(config: Mapping[str, Any] | Config) -> Any:
         if context is not None:
             context.adapters_by_mimetype = Confined(context.adapters_by_mimetype, roots_of(context))
     app = build_app_from_config(config)
-    app.add_exception_handler(TypeError, _garbled_key)
+    for error in (OverflowError, ValueError):
+        app.add_exception_handler(error, _unfit)
     if any(urlparse((tree.args or {}).get("uri", "")).scheme == "sqlite" for tree in config.trees):
         app.add_middleware(OneWriter)
     return app
@@ -188,11 +192,10 @@ class OneWriter:
             await self._app(scope, again, send)
 
 
-async def _garbled_key(request: Any, error: Exception) -> JSONResponse:
-    """Answer 401 to a key that is not ASCII, which Tiled cannot compare with its own."""
-    if "non-ASCII" not in str(error):
-        raise error
-    return JSONResponse({"detail": "Invalid API key"}, 401)
+async def _unfit(request: Any, error: Exception) -> JSONResponse:
+    """Answer 422, and why, to what Tiled fails on: an offset of 1e30, a filter that is no JSON."""
+    logger.warning("%s %s: %s", request.method, request.url.path, error)
+    return JSONResponse({"detail": str(error)}, 422)
 
 
 def _create(catalog: Path) -> None:

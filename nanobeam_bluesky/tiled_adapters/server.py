@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import json
 import re
@@ -12,11 +13,13 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Mu
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 import uvicorn
 import yaml
 from pydantic import ValidationError
 from tiled.config import Config
+from tiled.server.utils import API_KEY_COOKIE_NAME
 from tiled.utils import parse, prepend_to_sys_path
 
 from nanobeam_bluesky.tiled_adapters.catalog import (
@@ -218,7 +221,9 @@ def is_private(host: str) -> bool:
 def guarded(app: Application) -> Application:
     """Wrap an application: 404 for paths that climb out of their route, and for GraphQL.
 
-    Tiled serves its pages without asking for the key and does not confine their paths.
+    Tiled serves its pages without asking for the key and does not confine their paths. Its Zarr
+    routes give arrays to anyone: here they, too, want what the others do. Keys that it cannot
+    compare with its own get 401.
     """
 
     async def guard(scope: Scope, receive: Any, send: Any) -> None:
@@ -226,12 +231,59 @@ def guarded(app: Application) -> Application:
             path = re.sub(r"[/\\]+", "/", scope["path"])
             route = path.removeprefix(scope.get("root_path") or "")
             if ".." in path.split("/") or "\0" in path or route.startswith("/api/graphql"):
-                await _refuse(scope["type"], send)
+                await _refuse(scope["type"], send, 404, b"Not found")
                 return
+            if any(not key.isascii() or "\\" in key for key in _keys(scope)):
+                await _refuse(scope["type"], send, 401, b"Invalid API key")
+                return
+            if b"%0a" in scope["query_string"].lower() or b"%0d" in scope["query_string"].lower():
+                await _refuse(scope["type"], send, 400, b"Line breaks in the query")
+                return  # a file's name would break the answer's header
             scope = {**scope, "path": path}  # a second slash would make it absolute
+            if route.startswith("/zarr/"):
+                status = await _status(
+                    app, scope, f"{scope.get('root_path') or ''}/api/v1/metadata/"
+                )
+                if status != 200:
+                    await _refuse(scope["type"], send, status, b"Not authenticated")
+                    return
         await app(scope, receive, send)
 
     return guard
+
+
+async def _status(app: Application, scope: Scope, path: str) -> int:
+    """Return how an application answers a request for another path."""
+    begun = asyncio.Event()
+    status = 500
+
+    async def receive() -> Mapping[str, Any]:
+        if begun.is_set():
+            await asyncio.Event().wait()  # nobody goes away
+        begun.set()
+        return {"type": "http.request", "body": b""}
+
+    async def send(message: Mapping[str, Any]) -> None:
+        nonlocal status
+        status = message.get("status", status)
+
+    state = dict(scope.get("state") or {})
+    await app({**scope, "path": path, "method": "GET", "state": state}, receive, send)
+    return status
+
+
+def _keys(scope: Scope) -> Iterator[str]:
+    """Yield the keys of a request, wherever they stand."""
+    for name, value in parse_qsl(scope["query_string"].decode("latin-1")):
+        if name == "api_key":
+            yield value
+    for header, content in scope["headers"]:
+        if header == b"authorization":
+            yield content.decode("latin-1")
+        elif header == b"cookie":
+            for cookie in content.decode("latin-1").split(";"):
+                if cookie.strip().startswith(API_KEY_COOKIE_NAME):
+                    yield cookie
 
 
 def _telling(app: Application, failures: list[Exception]) -> Application:
@@ -253,12 +305,12 @@ def _telling(app: Application, failures: list[Exception]) -> Application:
     return tell
 
 
-async def _refuse(kind: str, send: Any) -> None:
+async def _refuse(kind: str, send: Any, status: int, reason: bytes) -> None:
     if kind == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return
-    await send({"type": "http.response.start", "status": 404, "headers": []})
-    await send({"type": "http.response.body", "body": b"Not found"})
+    await send({"type": "http.response.start", "status": status, "headers": []})
+    await send({"type": "http.response.body", "body": reason})
 
 
 # ------------------------------------------------------------- for a Tiled of one's own

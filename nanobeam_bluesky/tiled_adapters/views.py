@@ -181,7 +181,10 @@ class _Array(Adapter[ArrayStructure]):
     async def read_block(self, block: Any, slice: Any = ...) -> NDArray[Any]:
         """Return a slice of a block."""
         values = await self._load(tuple(block.slice_from_chunks(self._structure.chunks)))
-        return values[_index(slice, values.ndim)]
+        try:
+            return values[_index(slice, values.ndim)]
+        except IndexError as error:  # which Tiled would answer by 500
+            raise HTTPException(400, str(error)) from None
 
 
 _slice = slice
@@ -194,6 +197,10 @@ def _index(given: Any, ndim: int) -> Index:
         if item is Ellipsis:
             items[at : at + 1] = [slice(None)] * (ndim + 1 - len(items))
             break
+    if len(items) > ndim:
+        raise HTTPException(422, f"slice has {len(items)} dimensions, the array {ndim}")
+    if any(isinstance(item, slice) and item.step == 0 for item in items):
+        raise HTTPException(422, "slice step cannot be zero")
     items += [slice(None)] * (ndim - len(items))
     return tuple(items)
 

@@ -6,9 +6,11 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +22,7 @@ import pytest
 import yaml
 from bluesky import RunEngine
 from bluesky_tiled_plugins import subscribe_to_streams
+from hypothesis import Phase, given, settings, strategies
 from tiled.client import from_uri
 from typer.testing import CliRunner
 
@@ -118,20 +121,28 @@ def test_subscribers_see_values_at_most_2_s_after_the_frame(server):
         assert strain == maps["strain"].to_numpy()[row, col]
 
 
-def test_views_do_not_stream_and_say_so(server):
-    from websockets.exceptions import InvalidStatus
+def test_views_and_strangers_cannot_subscribe(server):
+    from websockets.exceptions import ConnectionClosedError, InvalidStatus
     from websockets.sync.client import connect
 
-    base, key = server.url.removeprefix("http").split("?")
+    base, key = server.url.removeprefix("http").split("?api_key=")
+    headers = {"Authorization": f"Apikey {key}"}
     for path in ("maps", f"maps/{server.uids['derived']}", f"scans/{server.uids['raw']}/frames"):
         with (
             pytest.raises(InvalidStatus, match="403"),
-            connect(
-                f"ws{base}/api/v1/stream/single/{path}",
-                additional_headers={"Authorization": f"Apikey {key.removeprefix('api_key=')}"},
-            ),
+            connect(f"ws{base}/api/v1/stream/single/{path}", additional_headers=headers),
         ):
             pass
+    wrong = {"Authorization": f"Apikey {'0' * 64}"}
+    with (
+        pytest.raises(InvalidStatus, match=r"40[13]"),
+        connect(f"ws{base}/api/v1/stream/single/derived", additional_headers=wrong),
+    ):
+        pass
+    with connect(f"ws{base}/api/v1/stream/single/derived") as socket:
+        socket.send('{"type": "auth", "api_key": "0000"}')
+        with pytest.raises(ConnectionClosedError, match="Authentication failed"):
+            socket.recv(timeout=10)
 
 
 # ---------------------------------------------------------------------- nanobeam serve
@@ -227,8 +238,6 @@ def test_printed_configuration_is_served_by_tiled_and_by_ours(recorded, tmp_path
 
 
 def free_port():
-    import socket
-
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
@@ -412,3 +421,149 @@ def test_the_web_page_lists_runs_and_draws_maps(server, browser, derived_documen
     picture = tmp_path / "map.png"
     picture.write_bytes(browser.picture())
     assert matplotlib.image.imread(picture).std() > 0.1
+
+
+# ---------------------------------------------------------------------- what is refused
+
+PUBLIC = {"/", "/healthz", "/tiled-ui-settings", "/ui/{path}", "/api/v1/"}
+"""What says nothing of the runs."""
+
+
+def nodes(server):
+    maps, scan = f"maps/{server.uids['derived']}", f"scans/{server.uids['raw']}"
+    return [
+        *("maps", maps, f"{maps}/strain", f"{maps}/flags", f"{maps}/sample_x", f"{maps}/nothing"),
+        *("scans", scan, f"{scan}/frames", f"{scan}/patterns", f"{scan}/intensity"),
+        *("raw", f"raw/{server.uids['raw']}/primary/sxdm_image", "nothing"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def api(server):
+    """Tiled's own description of its routes; we add none."""
+    return httpx.get(f"{server.url.partition('?')[0]}/openapi.json").json()
+
+
+@pytest.mark.parametrize(
+    ("headers", "query"),
+    [
+        ({}, {}),
+        ({}, {"api_key": "0" * 64}),
+        ({"Authorization": f"Apikey {'0' * 64}"}, {}),
+        ({"Authorization": "Bearer x"}, {}),
+        ({"Authorization": b"Apikey \xc3\xa9"}, {}),
+        ({}, {"api_key": "\U000ad54c"}),
+        ({"Cookie": "tiled_api_key=0000"}, {}),
+        ({"Cookie": 'tiled_api_key="\\303"'}, {}),
+    ],
+)
+def test_nobody_gets_anything_without_the_key(server, api, headers, query):
+    base = server.url.partition("?")[0]
+    node = f"maps/{server.uids['derived']}/strain"
+    needed = {"block": "0,0", "partition": 0, "id": 1} | query
+    found = {}
+    with httpx.Client(base_url=base, headers=headers, params=needed) as client:
+        for path, operations in api["paths"].items():
+            for method in operations:
+                body = {} if method in ("post", "put", "patch") else None
+                url = re.sub("{.*?}", lambda m: node if m[0] == "{path}" else "1", path)
+                answer = client.request(method, url, json=body)
+                found[method, path] = answer.status_code
+                assert "original_run_uid" not in answer.text
+    public = {("get", path) for path in PUBLIC}
+    assert all(found[key] in (200, 401) for key in public)
+    opened = {key: code for key, code in found.items() if code not in (401, 403, 404, 405, 422)}
+    assert not set(opened) - public, opened
+    assert all(found["get", f"/api/v1/{r}/{{path}}"] == 401 for r in ("metadata", "array/full"))
+
+
+def test_paths_that_climb_or_end_early_are_refused(server):
+    base, key = server.url.split("?")
+    address = base.removeprefix("http://").split(":")
+    secret = server.folder.parent / "secret.txt"
+    secret.write_text("a secret")
+    scan = f"scans/{server.uids['raw']}"
+    for route in ("api/v1/metadata", "api/v1/array/full", "api/v1/search", "zarr/v2", "zarr/v3"):
+        for up in ("..", "%2e%2e", ".%2e", "%252e%252e"):
+            for slash in ("/", "%2f", "\\", "%5c", "//"):
+                tail = slash.join([scan, *[up] * 9, *str(secret).split("/")[1:]])
+                check_refused(address, f"/{route}/{tail}?{key}")
+        for tail in (f"{scan}%00", f"{scan}/%00/frames", f"//{secret}", f"%2f{secret}"):
+            check_refused(address, f"/{route}/{tail}?{key}")
+
+
+def check_refused(address, path):
+    with socket.create_connection(address) as connection:
+        request = f"GET {path} HTTP/1.1\r\nHost: {address[0]}\r\nConnection: close\r\n\r\n"
+        connection.sendall(request.encode())
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert re.match(rb"HTTP/1.1 4\d\d ", answer), (path, answer[:100])
+    assert b"a secret" not in answer
+
+
+ROUTES = [
+    *(f"/api/v1/{name}/{{path}}" for name in ("metadata", "search", "distinct", "revisions")),
+    *(f"/api/v1/{name}/{{path}}" for name in ("array/full", "array/block", "container/full")),
+    *(f"/api/v1/{name}/{{path}}" for name in ("table/full", "table/partition", "asset/bytes")),
+    *("/zarr/v2/{path}/.zattrs", "/zarr/v2/{path}/.zarray", "/zarr/v3/{path}/zarr.json"),
+]
+
+
+@pytest.mark.parametrize(
+    ("route", "query"),
+    [
+        ("search/maps", {"page[offset]": 10**30}),
+        ("search/maps", {"filter[eq][condition][key]": "a", "filter[eq][condition][value]": "x"}),
+        ("array/full/maps/{derived}/strain", {"slice": "::0"}),
+        ("array/full/maps/{derived}/strain", {"slice": ":,:,:"}),
+        ("array/full/scans/{raw}/frames", {"slice": "9"}),
+        ("array/block/scans/{raw}/frames", {"block": "9,9,9,9"}),
+        ("array/block/scans/{raw}/frames", {"block": "0,0,0,0", "slice": "0,0,::0"}),
+        ("array/block/scans/{raw}/frames", {"block": "0,0,0,0", "slice": "99"}),
+        ("array/full/maps/{derived}/strain", {"filename": "a\nb"}),
+        ("container/full/maps/{derived}", {"field": "nothing"}),
+    ],
+)
+def test_requests_that_make_no_sense_are_refused(server, route, query):
+    base, key = server.url.split("?api_key=")
+    url = f"{base}/api/v1/{route.format(**server.uids)}"
+    answer = httpx.get(url, params=query, headers={"Authorization": f"Apikey {key}"})
+    assert 400 <= answer.status_code < 500, answer.text
+
+
+def test_no_request_makes_the_server_fail(server, api):
+    """Schemathesis asks what Tiled's routes allow, of our nodes."""
+    schemathesis = pytest.importorskip("schemathesis")
+    left_out = re.compile(
+        r"filter\[.*"  # so many that they take long to draw
+        "|expected_shape"  # Tiled answers 500 on purpose where it is another
+    )
+    for get in filter(None, [operations.get("get") for operations in api["paths"].values()]):
+        names = get.get("parameters", [])
+        get["parameters"] = [p for p in names if not left_out.fullmatch(p["name"])]
+    schema = schemathesis.openapi.from_dict(api)
+    base, key = server.url.split("?api_key=")
+    codes = Counter()
+    with httpx.Client(base_url=base, headers={"Authorization": f"Apikey {key}"}) as client:
+
+        def ask(route):
+            @settings(
+                deadline=None,
+                derandomize=True,
+                max_examples=6,
+                database=None,
+                phases=[Phase.generate],
+            )
+            @given(schema[route]["GET"].as_strategy(), strategies.sampled_from(nodes(server)))
+            def test(case, node):
+                query = {k: v for k, v in (case.query or {}).items() if k != "api_key"}
+                answer = client.get(route.replace("{path}", node), params=query)
+                codes[answer.status_code // 100] += 1
+                assert answer.status_code < 500, (route, node, query)
+
+            test()
+
+        for route in ROUTES:
+            ask(route)
+    assert codes[2] > 10
+    assert codes[4] > 10
