@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import xarray as xr
@@ -381,8 +382,11 @@ class _Kept:
     scans: LRUCache[Any, tuple[float, Scan | str]] = field(
         default_factory=lambda: LRUCache(KEPT_SCANS)
     )
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while something is made that is kept, so that it is made once."""
+    locks: WeakValueDictionary[Any, asyncio.Lock] = field(default_factory=WeakValueDictionary)
+
+    def making(self, key: Any) -> asyncio.Lock:
+        """Return what is held while something is made, so that it is made once."""
+        return self.locks.setdefault(key, asyncio.Lock())
 
 
 class _Maps(_View):
@@ -444,7 +448,7 @@ class _Maps(_View):
             return await _put_on_grid(run, start, {column, "flags", "row", "col"})
         key = (run.node.id, run.node.time_updated)
         if key not in self._kept.maps:
-            async with self._kept.lock:
+            async with self._kept.making(key):
                 if key not in self._kept.maps:
                     maps = await _put_on_grid(run, start, None)
                     if maps.nbytes <= MAPS_BYTES:
@@ -604,7 +608,7 @@ class _Scans(_View):
         found = self._kept.scans.get(key)
         if found is not None and (key[1] or time.monotonic() - found[0] < FRESH_SECONDS):
             return found[1]
-        async with self._kept.lock:
+        async with self._kept.making(key):
             found = self._kept.scans.get(key)
             now = time.monotonic()
             if found is not None and (key[1] or now - found[0] < FRESH_SECONDS):

@@ -2,10 +2,8 @@
 
 import base64
 import fcntl
-import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -148,29 +146,6 @@ def test_views_and_strangers_cannot_subscribe(server):
 # ---------------------------------------------------------------------- nanobeam serve
 
 
-@contextmanager
-def running(*arguments, **environment):
-    """A server in a process of its own, its address, and what it has printed by its end."""
-    process = subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"COLUMNS": "300", "PYTHONUNBUFFERED": "1"} | environment,
-    )
-    running = SimpleNamespace(process=process, text="", url="")
-    try:
-        while "http://" not in running.text:
-            line = process.stdout.readline()
-            assert line, running.text
-            running.text += line
-        running.url = next(word for word in running.text.split() if word.startswith("http://"))
-        yield running
-    finally:
-        process.send_signal(signal.SIGINT)
-        running.text += process.communicate(timeout=30)[0]
-
-
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     """A folder with one raw run whose file nobody in this process has opened to read."""
@@ -186,7 +161,7 @@ def recorded(tmp_path_factory):
     return SimpleNamespace(folder=folder, uid=uid, file=file)
 
 
-def test_serve_reads_without_locks_and_ends_by_ctrl_c(recorded):
+def test_serve_reads_without_locks_and_ends_by_ctrl_c(recorded, running):
     command = ("-m", "nanobeam_bluesky.cli", "serve", recorded.folder, "--port", "0")
     key = "0123456789abcdefABCDEF"
     with running(*command, TILED_SINGLE_USER_API_KEY=key) as served:
@@ -214,7 +189,9 @@ def test_serve_reads_without_locks_and_ends_by_ctrl_c(recorded):
     client.context.close()
 
 
-def test_printed_configuration_is_served_by_tiled_and_by_ours(recorded, tmp_path):
+def test_printed_configuration_is_served_by_tiled_and_by_ours(
+    recorded, running, free_port, tmp_path
+):
     done = CliRunner().invoke(
         app,
         ["serve", str(recorded.folder), "--print-config", "--readable-storage", str(tmp_path)],
@@ -237,12 +214,6 @@ def test_printed_configuration_is_served_by_tiled_and_by_ours(recorded, tmp_path
             client.context.close()
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def patiently(url):
     """Connect to a server that tells its address before it listens."""
     for _ in range(100):
@@ -261,7 +232,9 @@ def facility(folder, **changes):
     return {"trees": trees, "create_mount_nodes_if_not_exist": True} | changes
 
 
-def test_views_are_added_to_the_catalogues_of_a_configuration(recorded, tmp_path, monkeypatch):
+def test_views_are_added_to_the_catalogues_of_a_configuration(
+    recorded, free_port, tmp_path, monkeypatch
+):
     monkeypatch.setenv("TILED_ALLOW_ANONYMOUS_ACCESS", "1")
     file = tmp_path / "facility.yml"
     file.write_text(yaml.safe_dump(facility(recorded.folder, uvicorn={"port": free_port()})))
