@@ -321,7 +321,7 @@ _HEAD = """\
 #     TILED_SINGLE_USER_API_KEY=…         or an `authentication:` for several users
 # in the environment,
 #     tiled serve config THIS_FILE
-# or, confined to the readable folders and with guarded paths,
+# or, with files confined to the readable folders, and every route wanting the key,
 #     nanobeam serve --config THIS_FILE
 """
 _COMMENTS = {
