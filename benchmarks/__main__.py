@@ -3,7 +3,17 @@
 import sys
 from importlib import import_module
 
-NAMES = ["physics", "models", "accuracy", "envelope", "fly_scan", "raw_scan", "pipeline", "soak"]
+NAMES = [
+    "physics",
+    "models",
+    "accuracy",
+    "envelope",
+    "fly_scan",
+    "raw_scan",
+    "pipeline",
+    "serving",
+    "soak",
+]
 
 
 def main() -> None:

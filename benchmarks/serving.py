@@ -1,160 +1,182 @@
-"""How Tiled serves scans and maps.
+"""How fast a folder is served over HTTP, beside what Tiled itself does with the same numbers.
 
-    python -m benchmarks.serving --load    # 20 clients at once: lists, maps, rows, PNG, mid-scan
+    python -m benchmarks.serving [maps] [rows] [list]
 
-`nanobeam serve` runs in a process of its own, on a folder with one raw scan, its maps and copies
-of these. While clients read, another scan's maps are written page by page.
+``maps``: a map of 165 × 165 points, beside the same array in Tiled's own storage (must 1.3 ×).
+``rows``: a row of 165 patterns of 64 × 64, beside Tiled's HDF5 adapter on the same frames, whole
+or cut to the ROI (must 10 ×).
+``list``: the list of 1000 runs (must 1 s).
+
+Medians of requests that take turns; only ratios of one run tell.
 """
 
 import argparse
-import contextlib
-import os
-import random
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
-from bluesky import RunEngine
+import numpy as np
 from tiled.client import from_uri
+from tiled.client.container import Container
+from tiled.structures.core import Spec
 
-from benchmarks.soak import Renewed
-from nanobeam_bluesky.callbacks import BackgroundSink, NanobeamCallback
+from benchmarks.accuracy import Table, cell, missed
+from benchmarks.pipeline import compress, frames_of, record
+from nanobeam_bluesky.documents import ScanGrid
+from nanobeam_bluesky.documents.derived_run import DerivedRun
 from nanobeam_bluesky.geometry import Geometry
-from nanobeam_bluesky.sim import SimulatedSXDM, phantom, sxdm_fly
-from nanobeam_bluesky.tiled_adapters import derived_writer, open_catalog, raw_writer
+from nanobeam_bluesky.models import Estimates
+from nanobeam_bluesky.presets import Preset
+from nanobeam_bluesky.tiled_adapters import derived_writer, raw_writer, serve
 
-GEOMETRY = Geometry.published().model_copy(
-    update={"detector_shape": (160, 144), "bragg_center_px": (70.0, 80.0)}
-)
-PAGE_SECONDS = 0.5
+SIDE = 165
+ROWS = 3
+RUNS = 1000
+REQUESTS = 15
+SLOW_REQUESTS = 4
+MAP_RATIO = 1.3
+ROW_RATIO = 10.0
+LIST_SECONDS = 1.0
+GEOMETRY = Geometry.published()
 
 
-def record(folder: Path, shape: tuple[int, int], copies: int) -> tuple[str, list[Any]]:
-    """Record a raw scan, its maps and copies of these; return its uid and the maps' documents."""
-    client = open_catalog(folder)
-    documents: list[Any] = []
-    write, sink = derived_writer(client["derived"]), BackgroundSink(raw_writer(client["raw"]))
-    callback, engine = NanobeamCallback(), RunEngine({}, context_managers=[])
-    callback.subscribe(lambda name, doc: documents.append((name, doc)))
-    engine.subscribe(callback)
-    engine.subscribe(sink)
-    (uid,) = engine(sxdm_fly(SimulatedSXDM(phantom("film", shape), GEOMETRY, folder / "frames")))
-    callback.wait(300)
-    callback.close()
-    sink.close(60)
-    again = Renewed(documents)
-    for run in (documents, *(again for _ in range(copies))):
-        for name, doc in run:
+def medians(*requests: Callable[[], object], times: int = REQUESTS) -> list[float]:
+    """Seconds of requests that take turns."""
+    taken: list[list[float]] = [[] for _ in requests]
+    for turn in range(times + 1):
+        for request, each in zip(requests, taken, strict=True):
+            begun = time.perf_counter()
+            request()
+            if turn:  # the first one fills caches
+                each.append(time.perf_counter() - begun)
+    return [statistics.median(each) for each in taken]
+
+
+def maps(client: Container, http: httpx.Client) -> None:
+    """Compare a closed map with an array."""
+    raw = {
+        "uid": "benchmark",
+        "shape": [SIDE, SIDE],
+        "snaking": [False, True],
+        "motors": ["y", "x"],
+        "extents": [[0, 1], [0, 1]],
+    }
+    grid = ScanGrid(Preset.load("default").scan_metadata(raw))
+    run = DerivedRun(raw, GEOMETRY, grid, {})
+    numbers = np.arange(SIDE**2) + 1
+    estimates = Estimates.empty(len(numbers))
+    estimates.strain[:] = np.random.default_rng(0).normal(size=len(numbers))
+    positions = dict(zip(grid.scan.motors, grid.nominal(numbers), strict=True))
+    write = derived_writer(client["derived"])
+    for name, doc in (*run.open(), run.page(numbers, estimates, positions)):
+        write(name, doc)
+    write(*run.close("success", ""))
+    ours = f"/array/full/maps/{run.uid}/strain"
+    image = np.frombuffer(http.get(ours).content).reshape(SIDE, SIDE)
+    client["raw"].write_array(image, key="array")
+    theirs = "/array/full/raw/array"
+    assert http.get(theirs).content == image.tobytes()
+    a, b = medians(lambda: http.get(ours), lambda: http.get(theirs), times=4 * REQUESTS)
+    table = Table("map of 165 × 165 points", "ms", "Tiled's, ms", "ratio")
+    table.row("float64", f"{1e3 * a:.1f}", f"{1e3 * b:.1f}", cell(a / b, ".2f", a / b <= MAP_RATIO))
+
+
+def rows(client: Container, http: httpx.Client, folder: Path) -> None:
+    """Compare patterns with what Tiled's adapter reads of their frames."""
+    table = Table(
+        "row of 165 patterns of 64 × 64", "ms", "Tiled, frames", "ratio", "Tiled, ROI", "ratio"
+    )
+    roi = GEOMETRY.roi
+    region = f"{roi.row}:{roi.row + roi.height},{roi.col}:{roi.col + roi.width}"
+    for kind in ("raw", "bitshuffle-LZ4"):
+        documents = record(str(folder / kind), GEOMETRY, (ROWS, SIDE))
+        if kind != "raw":
+            compress(*frames_of(documents), "uint16")
+        write = raw_writer(client["raw"])
+        for name, doc in documents:
             write(name, doc)
-    client.context.close()
-    return uid, documents
+        uid = documents[0][1]["uid"]
+        frames = f"/array/full/raw/{uid}/primary/sxdm_image?slice={SIDE}:{2 * SIDE}"
+        ours, whole, cut = medians(
+            lambda uid=uid: http.get(f"/array/full/scans/{uid}/patterns?slice=1"),
+            lambda frames=frames: http.get(frames),
+            lambda frames=frames: http.get(f"{frames},{region}"),
+            times=SLOW_REQUESTS,
+        )
+        table.row(
+            f"512×512 uint16, {kind}",
+            f"{1e3 * ours:.1f}",
+            f"{1e3 * whole:.0f}",
+            cell(whole / ours, ".1f", whole / ours >= ROW_RATIO),
+            f"{1e3 * cut:.0f}",
+            f"{cut / ours:.1f}",
+        )
 
 
-@contextlib.contextmanager
-def served(folder: Path) -> Iterator[tuple[str, dict[str, str], int]]:
-    """Serve a folder; yield address, headers with the key, and the server's process id."""
-    command = [sys.executable, "-m", "nanobeam_bluesky.cli", "serve", str(folder), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        words = process.stdout.readline().split()
-        base, _, key = words[-1].partition("?api_key=")
-        try:
-            yield base, {"Authorization": f"Apikey {key}"}, process.pid
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(30)
+def listed(client: Container, http: httpx.Client) -> None:
+    """Time Tiled's client, and the first page of its web UI."""
+    metadata = {
+        "start": {
+            "original_run_uid": "benchmark",
+            "shape": [SIDE, SIDE],
+            "snaking": [False, True],
+            "motors": ["y", "x"],
+        }
+    }
+    specs = [Spec("BlueskyRun", "3.0")]
+    for number in range(RUNS):
+        one = {"start": metadata["start"] | {"uid": f"run-{number}", "time": float(number)}}
+        client["derived"].create_container(f"run-{number}", metadata=one, specs=specs)
+    page = "page[limit]=100&sort=-time"
+
+    def pages(tree: str) -> None:
+        """Follow the list to its end."""
+        following: str | None = f"/search/{tree}?{page}"
+        while following:
+            following = http.get(following).json()["links"]["next"]
+
+    table = Table(f"list of {RUNS} runs", "s", "Tiled's, s", "ratio")
+    for what, of in (
+        ("first 100, as of the web page", lambda tree: http.get(f"/search/{tree}?{page}")),
+        ("uids, by Tiled's client", lambda tree: list(client[tree])),
+        ("all metadata (reported)", pages),
+    ):
+        ours, theirs = medians(lambda: of("maps"), lambda: of("derived"), times=SLOW_REQUESTS)  # noqa: B023
+        ok = ours <= LIST_SECONDS or "reported" in what
+        table.row(what, cell(ours, ".2f", ok), f"{theirs:.2f}", f"{ours / theirs:.2f}")
 
 
-def rss_mb(pid: int) -> float:
-    """Return the memory that a process has, MB."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-def load(clients: int = 20, seconds: float = 60, shape: tuple[int, int] = (41, 41)) -> int:
-    """Let clients ask for lists, maps, rows, PNGs and a running scan; return how many failed."""
-    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("sections", nargs="*", default=["maps", "rows", "list"])
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows = shape[0]
-        raw, documents = record(folder, shape, copies=100)
-        base, headers, pid = stack.enter_context(served(folder))
-        done, running = threading.Event(), [""]
-        times: dict[str, list[float]] = {}
-        failures: list[str] = []
-
-        def write() -> None:
-            client = from_uri(f"{base}?api_key={headers['Authorization'].split()[1]}")
-            writer, again = derived_writer(client["derived"]), Renewed(documents)
-            while not done.is_set():
-                for kind, doc in again:
-                    writer(kind, doc)
-                    if kind == "start":
-                        running[0] = doc["uid"]
-                    if kind == "event_page":
-                        done.wait(PAGE_SECONDS)
-            client.context.close()
-
-        def read(seed: int) -> None:
-            choose = random.Random(seed)
-            api = f"{base}/api/v1"
-            with httpx.Client(headers=headers, timeout=60) as client:
-                listed = client.get(f"{api}/search/maps?page[limit]=100").json()["data"]
-                maps = [item["id"] for item in listed]
-                while not done.is_set():
-                    field = choose.choice(("strain", "omega", "chi", "counts"))
-                    asked = {
-                        "list": "search/maps?page[limit]=100",
-                        "map": f"array/full/maps/{choose.choice(maps)}/{field}",
-                        "row": f"array/full/scans/{raw}/patterns?slice={choose.randrange(rows)}",
-                        "PNG": f"array/full/maps/{choose.choice(maps)}/{field}?format=image/png",
-                        "mid-scan": f"array/full/maps/{running[0] or maps[0]}/{field}",
-                    }
-                    kind = choose.choice(list(asked))
-                    before = time.perf_counter()
-                    try:
-                        answer = client.get(f"{api}/{asked[kind]}")
-                        if answer.status_code != 200:
-                            failures.append(f"{kind}: {answer.status_code} {answer.text[:200]}")
-                    except httpx.HTTPError as error:
-                        failures.append(f"{kind}: {type(error).__name__}: {error}")
-                    times.setdefault(kind, []).append(time.perf_counter() - before)
-
-        threads = [threading.Thread(target=read, args=(seed,)) for seed in range(clients)]
-        threads.append(threading.Thread(target=write))
-        for thread in threads:
-            thread.start()
-        memory = [rss_mb(pid)]
-        for _ in range(4):
-            time.sleep(seconds / 4)
-            memory.append(rss_mb(pid))
-        done.set()
-        for thread in threads:
-            thread.join()
-    total = sum(map(len, times.values()))
-    print(f"{clients} clients: {total / seconds:.0f} requests/s, {len(failures)} failed")
-    print("server's memory, MB, at the start and each quarter:", *(f"{m:.0f}" for m in memory))
-    for kind, found in sorted(times.items()):
-        middle, late = (1e3 * statistics.quantiles(found, n=20)[at] for at in (9, 18))
-        print(f"{kind:9} {len(found):6} requests, median {middle:5.0f} ms, 95 % {late:5.0f} ms")
-    for failure in sorted(set(failures))[:10]:
-        print("failed:", failure)
-    return len(failures)
-
-
-def main(arguments: Iterable[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--load", action="store_true", help="only the load")
-    parser.add_argument("--clients", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=60)
-    options = parser.parse_args(None if arguments is None else list(arguments))
-    sys.exit(1 if load(options.clients, options.seconds) else 0)
+        with serve(folder) as url:
+            base, key = url.split("?api_key=")
+            client: Any = from_uri(url)
+            headers = {"Authorization": f"Apikey {key}"}
+            with httpx.Client(
+                base_url=f"{base}/api/v1",
+                headers=headers | {"Accept": "application/octet-stream, application/json"},
+                timeout=60,
+                event_hooks={"response": [lambda r: r.raise_for_status()]},
+            ) as http:
+                if "maps" in options.sections:
+                    maps(client, http)
+                if "rows" in options.sections:
+                    rows(client, http, folder / "frames")
+                if "list" in options.sections:
+                    listed(client, http)
+    print(f"\n{len(missed)} rows miss a must")
+    for row in missed:
+        print(" ", row)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
 from nanobeam_bluesky.models import Flag
@@ -21,9 +23,12 @@ __all__ = [
     "MapAxes",
     "MapPanel",
     "figure_inches",
+    "in_words",
     "label_outer",
     "new_figure",
+    "own_figure",
     "plot_comparison",
+    "plot_image",
     "plot_maps",
     "robust_limits",
 ]
@@ -39,6 +44,10 @@ _TITLES = {
     "background": "Background",
     "deviance": "Deviance",
     "flags": "Flags",
+    "intensity": "Intensity",
+    "frames": "Frame",
+    "patterns": "Pattern",
+    "mean_pattern": "Mean pattern",
 }
 _DIVERGING = ("strain", "omega", "chi", "deviance")
 """Fields in which zero means something."""
@@ -91,8 +100,7 @@ def plot_maps(
         if field not in maps:
             raise KeyError(f"no map of {field!r}: there are {sorted(map(str, maps.data_vars))}")
     axes = MapAxes.of(maps)
-    columns = len(fields) if len(fields) < 4 else math.ceil(math.sqrt(len(fields)))
-    rows = math.ceil(len(fields) / columns)
+    rows, columns = _grid_shape(len(fields))
     figure = figure or new_figure(rows, columns, axes)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for ax in grid.flat[len(fields) :]:
@@ -102,6 +110,97 @@ def plot_maps(
         panel.show(maps[field].to_numpy())
     label_outer(grid, axes)
     return figure
+
+
+def plot_image(
+    image: xr.DataArray,
+    *,
+    cmap: str | None = None,
+    limits: tuple[float | None, float | None] = (None, None),
+    log: bool | None = None,
+    figure: Figure | None = None,
+) -> MapPanel:
+    """Draw one map, or one pattern, with its colour bar.
+
+    Parameters
+    ----------
+    image
+        A map with dimensions (row, col), as `to_maps` gives them, or a pattern or frame with
+        any others.
+    cmap
+        Name of a colour map of matplotlib; if absent, one that suits the field.
+    limits
+        Lowest and highest value that have a colour of their own, in the image's unit;
+        robust ones for what is None.
+    log
+        Whether the colours are logarithmic; if absent, those of patterns are.
+    figure
+        Figure to draw in; a new one if absent.
+
+    Raises
+    ------
+    ValueError
+        If there is no such colour map, or the limits are none.
+    """
+    is_map = image.dims == ("row", "col")
+    field = str(image.name or "")
+    if is_map:
+        axes = MapAxes.of(image)
+    else:
+        rows, columns = image.shape
+        axes = MapAxes((rows, columns), labels=("pixel row", "pixel column"))
+    log = not is_map if log is None else log
+    values = image.to_numpy()
+    if field == "flags" and (cmap or log or limits != (None, None)):
+        raise ValueError("flags have colours, and limits, of their own")
+    found = _limits(values, limits, log=log, diverging=field in _DIVERGING)
+    figure = figure or new_figure(1, 1, axes)
+    ax = figure.subplots()
+    panel = MapPanel(ax, field, str(image.attrs.get("units", "")), axes)
+    if cmap is not None:
+        if cmap not in matplotlib.colormaps:
+            raise ValueError(f"cmap = {cmap!r}: no colour map of matplotlib, as 'viridis' is")
+        panel.image.set_cmap(cmap)
+    if log and found is not None:
+        panel.image.set_norm(LogNorm(*found, clip=True))  # what is 0 has the lowest colour
+        digits = "125" if found[1] < 100 * found[0] else "1"
+        panel.colorbar.formatter = panel.colorbar.minorformatter = FuncFormatter(
+            lambda value, _: f"{value:g}" if f"{value:e}"[0] in digits else ""
+        )
+    panel.show(values, limits=found)
+    if not is_map:
+        where = [
+            f"{name} {int(image[dim])}"
+            for dim, name in (("row", "row"), ("col", "column"))
+            if dim in image.coords
+        ]
+        ax.invert_yaxis()  # the first row on top, as every viewer of images has it
+        panel.title(", ".join([_TITLES.get(field, field), *where]))
+    ax.set_ylabel(axes.label(0))
+    ax.set_xlabel(axes.label(1))
+    return panel
+
+
+def _limits(
+    values: NDArray[Any], given: tuple[float | None, float | None], *, log: bool, diverging: bool
+) -> tuple[float, float] | None:
+    """Return colour limits: those given, else robust ones; None if no value has a colour."""
+    if log:
+        some = values[np.isfinite(values) & (values > 0)]
+        # half of it, or one count would look like none
+        robust = (float(np.percentile(some, 5)) / 2, float(some.max())) if some.size else None
+    else:
+        robust = robust_limits(values, diverging=diverging)
+    low, high = (a if a is not None else b for a, b in zip(given, robust or given, strict=True))
+    if low is None or high is None:
+        return None
+    if not low < high or (log and low <= 0):
+        raise ValueError(
+            f"limits {low:g} to {high:g}: the first must be below the second"
+            + (", and above 0 on a logarithmic scale" if log else "")
+            + ("; one of them is of the values: give both" if None in given else "")
+        )
+    return low, high
 
 
 def plot_comparison(
@@ -192,7 +291,8 @@ def robust_limits(values: NDArray[Any], *, diverging: bool = False) -> tuple[flo
     if diverging:
         return _symmetric(finite, 0.0 if low <= 0 <= high else middle)
     if high - low <= 1e-9 * max(abs(low), abs(high)):
-        return _symmetric(finite, middle)
+        low, high = _symmetric(finite, middle)
+        low = max(low, 0.0) if finite.min() >= 0 else low  # counts have no negative colour
     return low, high
 
 
@@ -217,8 +317,8 @@ class MapAxes:
     """First and last position along the rows and along the columns; indices if absent."""
 
     @classmethod
-    def of(cls, maps: xr.Dataset) -> MapAxes:
-        """Read the axes off a dataset as `to_maps` gives it."""
+    def of(cls, maps: xr.Dataset | xr.DataArray) -> MapAxes:
+        """Read the axes off a dataset, or a map of it, as `to_maps` gives it."""
         shape = (maps.sizes["row"], maps.sizes["col"])
         motors = [
             next((c for c in maps.coords.values() if c.dims == (dim,) and c.name != dim), None)
@@ -269,7 +369,7 @@ class MapAxes:
     def label(self, axis: int) -> str:
         """Text for axis 0 (slow) or 1 (fast)."""
         unit = _SYMBOLS.get(self.units[axis], self.units[axis])
-        return f"{self.labels[axis]} ({unit})" if unit else self.labels[axis]
+        return _plain(f"{self.labels[axis]} ({unit})" if unit else self.labels[axis])
 
 
 class MapPanel:
@@ -317,7 +417,8 @@ class MapPanel:
 
     def title(self, text: str) -> None:
         """Put a title above the map."""
-        self.ax.set_title(text, y=1.0)  # without y its search for a place halves the frame rate
+        # without y its search for a place halves the frame rate
+        self.ax.set_title(_plain(text), y=1.0)
 
     def show(self, image: NDArray[Any], *, limits: tuple[float, float] | None = None) -> None:
         """Show an image (rows, columns); blank where it is NaN.
@@ -332,7 +433,7 @@ class MapPanel:
             self.limits = limits
             self._scale, unit = _engineering(limits, self._units)
             self.image.set_clim(limits[0] * self._scale, limits[1] * self._scale)
-            self.colorbar.ax.set_title(unit, fontsize="medium", loc="left", y=1.05)
+            self.colorbar.ax.set_title(_plain(unit), fontsize="medium", loc="left", y=1.05)
             self.colorbar.ax.set_visible(True)
         self.image.set_array(np.asarray(image, dtype=float) * self._scale)
 
@@ -360,6 +461,17 @@ def new_figure(rows: int, columns: int, axes: MapAxes) -> Figure:
     return plt.figure(figsize=figure_inches(rows, columns, axes), layout="constrained")
 
 
+def own_figure(panels: int, axes: MapAxes) -> Figure:
+    """Return a figure for `plot_maps` that pyplot knows nothing of: for any thread."""
+    return Figure(figure_inches(*_grid_shape(panels), axes), layout="constrained")
+
+
+def _grid_shape(panels: int) -> tuple[int, int]:
+    """Return the rows and columns in which `plot_maps` puts its maps."""
+    columns = panels if panels < 4 else math.ceil(math.sqrt(panels))
+    return math.ceil(panels / columns), columns
+
+
 def figure_inches(rows: int, columns: int, axes: MapAxes) -> tuple[float, float]:
     """Return the size, width and height, that a grid of maps needs."""
     height = _PANEL_INCHES * min(max(axes.ratio, 0.2), 1.6)
@@ -376,6 +488,11 @@ def label_outer(grid: NDArray[Any], axes: MapAxes) -> None:
         lowest.tick_params(labelbottom=True)
 
 
+def _plain(text: str) -> str:
+    """Return text that matplotlib does not take for mathematics."""
+    return text.replace("$", r"\$")
+
+
 def _sigma_title(field: str) -> str:
     of = _TITLES.get(field.removesuffix("_sigma"))
     return f"σ of {of[0].lower()}{of[1:]}" if of and field.endswith("_sigma") else field
@@ -383,9 +500,9 @@ def _sigma_title(field: str) -> str:
 
 def _engineering(limits: tuple[float, float] | None, units: str) -> tuple[float, str]:
     """Return the factor to show values by, and the text of the unit then."""
-    largest = max((abs(v) for v in limits or ()), default=0.0)
+    largest = max((abs(v) for v in limits or () if math.isfinite(v)), default=0.0)
     # 10⁻³ from 1e-4 on: 0.5 × 10⁻³ reads better than 500 × 10⁻⁶
-    exponent = 3 * math.floor(math.log10(10 * largest) / 3) if largest > 0 else 0
+    exponent = 3 * math.floor((1 + math.log10(largest)) / 3) if largest > 0 else 0
     exponent = min(max(exponent, -9), 0)
     symbol = _SYMBOLS.get(units, units)
     if symbol == "counts":
@@ -393,9 +510,14 @@ def _engineering(limits: tuple[float, float] | None, units: str) -> tuple[float,
     return 10.0**-exponent, _PREFIXES[exponent] + symbol if symbol else _POWERS[exponent]
 
 
+def in_words(value: float, like: tuple[float, float], units: str) -> str:
+    """Write a value in the unit that suits two like it, e.g. "0.51 × 10⁻³" or "12.3 m°"."""
+    return _text(value, like, units)
+
+
 def _text(value: float, limits: tuple[float, float] | None, units: str) -> str:
     """Write a value in the unit of a colour bar with these limits."""
     factor, unit = _engineering(limits, units)
-    return (
-        f"{value * factor:.3g}{' ×' if unit in _POWERS.values() and unit else ''} {unit}".rstrip()
-    )
+    shown = value * factor
+    number = f"{shown:.0f}" if 1e3 <= abs(shown) < 1e9 else f"{shown:.3g}"
+    return f"{number}{' ×' if unit in _POWERS.values() and unit else ''} {unit}".rstrip()

@@ -13,7 +13,7 @@ from nanobeam_bluesky.models import Estimates
 FIELDS = Estimates.UNITS | {"row": "", "col": ""}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def derived_documents():
     """Make the (name, document) pairs of a derived run, every value its own.
 

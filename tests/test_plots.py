@@ -6,9 +6,17 @@ import pytest
 import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.colors import LogNorm
 
 from nanobeam_bluesky.models import Flag
-from nanobeam_bluesky.plots import MapAxes, MapPanel, plot_comparison, plot_maps, robust_limits
+from nanobeam_bluesky.plots import (
+    MapAxes,
+    MapPanel,
+    plot_comparison,
+    plot_image,
+    plot_maps,
+    robust_limits,
+)
 
 ROWS, COLS = 4, 6
 
@@ -189,6 +197,12 @@ def test_common_offset_does_not_leave_one_colour():
     assert high - low < 0.003
 
 
+def test_counts_that_are_all_but_constant_have_no_negative_colours():
+    values = np.zeros(400)
+    values[7] = 0.3
+    assert robust_limits(values) == (0.0, 0.3)
+
+
 @given(st.lists(st.floats(-1e9, 1e9) | st.just(np.nan), min_size=1, max_size=30), st.booleans())
 def test_limits_are_a_range_that_can_be_drawn(values, diverging):
     limits = robust_limits(np.array(values), diverging=diverging)
@@ -210,3 +224,54 @@ def test_colour_limits_hold_still_while_little_changes():
     assert panel.image.get_clim() == limits
     panel.show(image * 1.5)
     assert panel.image.get_clim() == pytest.approx(np.array(limits) * 1.5)
+
+
+# ----------------------------------------------------------------------- one image
+
+
+def pattern(**attrs):
+    counts = np.arange(12.0).reshape(3, 4)
+    return xr.DataArray(counts, {"row": 2, "col": 5}, ("ny", "nx"), "patterns", attrs)
+
+
+def test_image_has_the_colours_of_its_field_unless_told_otherwise():
+    maps = dataset()
+    names = [plot_image(maps[f]).image.get_cmap().name for f in ("strain", "chi", "counts")]
+    assert names == ["RdBu_r", "RdBu_r", "viridis"]
+    assert plot_image(maps["strain"], cmap="magma").image.get_cmap().name == "magma"
+
+
+def test_limits_of_an_image_are_in_its_unit_and_robust_where_none_is_given():
+    maps = dataset()
+    panel = plot_image(maps["strain"], limits=(-2e-4, None))
+    _, robust = robust_limits(maps["strain"].to_numpy(), diverging=True)
+    assert panel.limits == (-2e-4, robust)
+    np.testing.assert_allclose(panel.image.get_clim(), (-0.2, robust * 1e3))  # shown in 10⁻³
+
+
+def test_pattern_is_logarithmic_and_tells_none_from_one_and_where_it_is():
+    panel = plot_image(pattern(units="counts"))
+    none, one, most = panel.image.norm([0.0, 1.0, 11.0])
+    assert none == 0 < one < most == 1
+    assert panel.ax.get_title() == "Pattern, row 2, column 5"
+    assert panel.ax.get_ylim() == (2.5, -0.5)  # its first row on top
+    assert not isinstance(plot_image(pattern(), log=False).image.norm, LogNorm)
+
+
+def test_image_without_any_value_is_blank():
+    for image in (pattern() * np.nan, pattern() * 0, dataset()["strain"] * np.nan):
+        plot_image(image.rename("patterns")).ax.figure.canvas.draw()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"cmap": "none"}, "no colour map of matplotlib"),
+        ({"limits": (1, 1)}, "limits 1 to 1: the first must be below"),
+        ({"limits": (1, None)}, "one of them is of the values"),
+        ({"limits": (-1, 1), "log": True}, "above 0 on a logarithmic scale"),
+    ],
+)
+def test_image_refuses_what_makes_no_sense(options, words):
+    with pytest.raises(ValueError, match=words):
+        plot_image(dataset()["strain"], **options)

@@ -19,6 +19,7 @@ from nanobeam_bluesky.geometry import Geometry
 from nanobeam_bluesky.models import DEFAULT_FIT, Estimates, Flag
 
 if TYPE_CHECKING:
+    from nanobeam_bluesky.documents.roots import Roots
     from nanobeam_bluesky.models import Analyzer
 
 __all__ = ["AnalyzerChoice", "Processed", "Processor", "Task"]
@@ -175,10 +176,12 @@ class _Training:
 class Processor:
     """Runs tasks of any number of runs; keeps their analyzers and open files.
 
-    The store is asked anew for every run, so that a network trained meanwhile is found.
+    The store is asked anew for every run, so that a network trained meanwhile is found. Where
+    there are `roots`, files elsewhere are refused.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, roots: Roots | None = None) -> None:
+        self._roots = roots
         self._runs: dict[str, tuple[Analyzer, FrameReader]] = {}
         self._complained: set[str] = set()
         self._training = _Training()
@@ -190,7 +193,7 @@ class Processor:
         if choice.trains and geometry.fingerprint() not in ModelStore().paths():
             self._training.begin(geometry)
         analyzer = choice.build(geometry)
-        self._runs[run] = (analyzer, FrameReader(geometry))
+        self._runs[run] = (analyzer, FrameReader(geometry, self._roots))
         return analyzer.settings
 
     def close(self, run: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from nanobeam_bluesky.documents.derived_run import Document
 from nanobeam_bluesky.documents.pipeline import RunPipeline, Tally
 from nanobeam_bluesky.documents.processing import AnalyzerChoice, Processor, Task
+from nanobeam_bluesky.documents.roots import Roots
 from nanobeam_bluesky.geometry import ROI, Geometry
 from nanobeam_bluesky.presets import Preset
 
@@ -22,8 +23,8 @@ POLL_SECONDS = 0.02
 class _Inline:
     """Executor that works at once."""
 
-    def __init__(self) -> None:
-        self._processor = Processor()
+    def __init__(self, roots: Roots | None) -> None:
+        self._processor = Processor(roots)
 
     def open(self, pipeline: RunPipeline, geometry: Geometry, choice: AnalyzerChoice) -> None:
         try:
@@ -50,6 +51,7 @@ def derive(
     choice: AnalyzerChoice | None = None,
     roi: ROI | None = None,
     root_map: Mapping[str, str] | None = None,
+    roots: Roots | None = None,
     tally: Tally | None = None,
 ) -> Iterator[Document]:
     """Analyse runs one after the other; yield the documents of their derived runs.
@@ -63,6 +65,8 @@ def derive(
         As for `NanobeamCallback`.
     choice
         Which estimator to use.
+    roots
+        Files elsewhere are refused.
     tally
         Counts are added to it.
 
@@ -74,7 +78,7 @@ def derive(
     """
     presets = Preset.choices(preset)
     derived: list[Document] = []
-    executor = _Inline()
+    executor = _Inline(roots)
     run: RunPipeline | None = None
 
     def emit(name: str, doc: dict[str, Any]) -> None:

@@ -71,11 +71,12 @@ _MODEL_ERROR = 0.05  # no misfit below this root mean square error of the model
 _JUMP = 8.0  # farther from the start, in σ of both, is no surprise only for a bad start
 _WIDE_PX = 0.25  # σ of shift_x from which the likelihood may have other maxima along it
 _UNKNOWN_PX = 1.0  # the same of the start
-_ASIDE = 4  # steps to either side to look for them, of 3 σ …
-_ASIDE_PX = 2.5  # … but at least this; no farther than where there is another …
-_HOPELESS = 40.0  # … whose deviance is higher by no more than this
+_ASIDE = 12  # steps to either side to look for them, …
+_ASIDE_PX = 2.0  # … of this
+_GROWTHS = np.linspace(1e-3, 1, 500)  # of steps, …
+_REACHES = np.sinh(_ASIDE * _GROWTHS) / _GROWTHS  # … with which they reach so many of the first
+_LOST_PX = 50.0  # σ beyond which a shift is not known at all
 _LEAD = 4.0  # deviance by which another must be better: the start knew something, too
-_SAME = 0.3  # σ, up to which two maxima are the same
 _LEAST_BLUR_PX = 0.25  # of straight edges: sharper, they have a maximum in every pixel column
 _CLOSE_CALL = 10.0  # log likelihood by which the library's first choice must lead the second
 
@@ -176,13 +177,26 @@ def refine_checked(
         hidden = mask[which] if mask is not None and mask.ndim == 3 else mask
         return likeliest(shown, geometry, ranges=ranges, mask=hidden)
 
+    def used(which: Any) -> NDArray[np.float32]:
+        if mask is None:
+            return np.ones((1, *geometry.pattern_shape), np.float32)
+        return (~(mask[which] if mask.ndim == 3 else mask[None])).astype(np.float32)
+
     def fit_from(begin: Floats, reach: Floats, which: Any) -> Fitted:
-        used = np.ones((1, *geometry.pattern_shape), np.float32)
-        if mask is not None:
-            used = (~(mask[which] if mask.ndim == 3 else mask[None])).astype(np.float32)
         return fit_shifts(
-            counts[which], begin, geometry, fit=fit, used=used, which=lit[which], reach=reach
+            counts[which], begin, geometry, fit=fit, used=used(which), which=lit[which], reach=reach
         )
+
+    def profile(values: Floats, along: Floats, offsets: Floats, which: Any) -> Floats:
+        shown, masks, out = counts[which], used(which), np.empty(offsets.shape)
+        in_threads(
+            lambda part: _profile(
+                plan, shown[part], masks[part] if len(masks) > 1 else masks,
+                values[part], along[part], offsets[part], out[part],
+            ),
+            len(values),
+        )  # fmt: skip
+        return out
 
     found, everything = None, slice(None)
     if start is None:
@@ -204,12 +218,15 @@ def refine_checked(
         begin, reach, _ = _begin(other, plan, "thickness" in fit)
         _keep_better(fitted, fit_from(begin, reach, which), which)
         estimates = _estimates(fitted, plan, fit, total, lit, start)
-    wide = np.sqrt(fitted.covariance[:, _X, _X]) > _WIDE_PX
-    wide |= sigma[:, _X] > _UNKNOWN_PX
-    which = np.flatnonzero(lit & fitted.converged & wide)
-    if len(which):
-        _look_aside(fitted, fit_from, which, 4 if "thickness" in fit else 3)
-        estimates = _estimates(fitted, plan, fit, total, lit, start)
+    for axis in (_X,) if plan.round else (_X, _Y):
+        wide = np.sqrt(fitted.covariance[:, axis, axis]) > _WIDE_PX
+        wide |= sigma[:, axis] > _UNKNOWN_PX
+        middle, width = _plateau(plan, axis)
+        wide |= np.abs(fitted.values[:, axis] - middle) < width / 2 + _ASIDE_PX
+        which = np.flatnonzero(lit & fitted.converged & wide)
+        if len(which):
+            _look_aside(fitted, fit_from, profile, axis, which, 4 if "thickness" in fit else 3)
+            estimates = _estimates(fitted, plan, fit, total, lit, start)
     flags = estimates.flags | np.where(checked.fractional, int(Flag.MISFIT), 0)
     estimates = replace(estimates, flags=flags)
     return estimates.put(broken, Estimates.empty(int(broken.sum()), Flag.MISFIT))
@@ -255,6 +272,16 @@ def _jumped(estimates: Estimates, start: Estimates) -> NDArray[np.bool_]:
     return jumped
 
 
+def _plateau(plan: ContinuousPlan, axis: int) -> tuple[float, float]:
+    """Middle and width of the shifts at which a pupil's edges are both off the ROI.
+
+    The width is negative where there are none.
+    """
+    borders = plan.rows if axis == _Y else plan.borders
+    low, high = float(borders.min()), float(borders.max())
+    return -(low + high) / 2, 2 * float(plan.pupil[0, 0 if axis == _X else 1]) - (high - low)
+
+
 def _near(choices: Likeliest, estimates: Estimates) -> NDArray[np.bool_]:
     """Whether estimates are neighbours of the library's first choice, (n,)."""
     near = np.ones(len(estimates), np.bool_)
@@ -275,64 +302,50 @@ def _keep_better(fitted: Fitted, other: Fitted, which: NDArray[np.intp]) -> None
 def _look_aside(
     fitted: Fitted,
     fit_from: Callable[[Floats, Floats, Any], Fitted],
+    profile: Callable[[Floats, Floats, Floats, Any], Floats],
+    axis: int,
     which: NDArray[np.intp],
     parameters: int,
 ) -> None:
-    """Look for other maxima of the patterns `which` beside the one found, and count them in.
+    """Look along a shift of the patterns `which`: for a higher maximum, then how wide it is.
 
     A thick film's light may not reach the ends of the pupil. Then dq is well known, shift_x is
-    not, and the likelihood along it may have several maxima, often one in every pixel column.
-    What is returned is their mean, each weighted by its likelihood and its volume (Laplace's
-    approximation of the posterior mean, which has the least expected square error), and σ
-    with their distances.
+    not, and the likelihood along it may have several maxima, often one in every pixel column;
+    where an edge is dark, or off the ROI, it is flat far and wide. Returned are the
+    posterior's mean along the shift, which has the least expected square error, and its σ; all
+    else goes along as the covariance says.
     """
-    found = [
-        Fitted(
-            fitted.values[which],
-            fitted.covariance[which],
-            fitted.quality[which],
-            fitted.converged[which],
-        )
-    ]
-    sigma = np.sqrt(found[0].covariance[:, _X, _X])
-    for side in (-1, 1):
-        going = np.arange(len(which))
-        for step in range(1, _ASIDE + 1):
-            begin = found[0].values[going, :parameters]
-            begin[:, _X] += side * step * np.maximum(3 * sigma[going], _ASIDE_PX)
-            other = Fitted._make(map(np.zeros_like, found[0]))
-            part = fit_from(begin, np.tile(_LONGEST, (len(going), 1)), which[going])
-            for ours, theirs in zip(other, part, strict=True):
-                ours[going] = theirs
-            found.append(other)
-            way = np.abs(other.values[:, _X] - found[0].values[:, _X])
-            worse = other.quality[:, 0] - found[0].quality[:, 0]
-            more = other.converged & (way > _SAME * sigma) & (worse < _HOPELESS)
-            going = np.flatnonzero(more)
-            if not len(going):
-                break
-    deviance = np.stack([f.quality[:, 0] for f in found])
-    deviance[~np.stack([f.converged for f in found])] = np.inf
-    covariance = np.stack([f.covariance for f in found])[..., :_SHIFTS, :_SHIFTS]
-    deviance[0] -= _LEAD
-    deviance -= np.linalg.slogdet(covariance + 1e-30 * np.eye(_SHIFTS))[1]
-    best = deviance.argmin(axis=0)
-    every = np.arange(len(which))
-    for i, column in enumerate(fitted):
-        column[which] = np.stack([f[i] for f in found])[best, every]
-    places = np.stack([f.values for f in found])
-    away = places - places[best, every]
-    # the same maximum may have been found several times: its first finding counts
-    apart = np.abs(places[:, None, :, _X] - places[None, :, :, _X]) > _SAME * sigma
-    weight = np.exp(-0.5 * (deviance - deviance[best, every]))
-    for j in range(len(found)):
-        weight[j, (~apart[j, :j] & (weight[:j] > 0)).any(axis=0)] = 0
-    weight /= weight.sum(axis=0)
-    away *= np.diagonal(fitted.covariance[which], axis1=1, axis2=2) > 0  # what is fitted
-    mean = np.einsum("jn,jna->na", weight, away)
-    away -= mean
-    fitted.values[which] += mean
-    fitted.covariance[which] += np.einsum("jn,jna,jnb->nab", weight, away, away)
+    steps = np.arange(-_ASIDE, _ASIDE + 1)
+    straight = np.zeros((len(which), _P))
+    straight[:, axis] = 1
+    offsets = np.tile(_ASIDE_PX * steps, (len(which), 1))
+    heights = profile(fitted.values[which], straight, offsets, which)
+    lowest = steps[heights.argmin(axis=1)]
+    higher = (heights.min(axis=1) < heights[:, _ASIDE] - _LEAD) & (np.abs(lowest) > 1)
+    if higher.any():
+        begin = fitted.values[which[higher], :parameters]
+        begin[:, axis] += _ASIDE_PX * lowest[higher]
+        reach = np.tile(_LONGEST, (len(begin), 1))
+        _keep_better(fitted, fit_from(begin, reach, which[higher]), which[higher])
+    for shift in (_X, _Y):  # one of which nothing is seen goes with nothing
+        lost = which[fitted.covariance[which, shift, shift] > _LOST_PX**2]
+        fitted.covariance[lost, shift] = fitted.covariance[lost, :, shift] = 0
+        fitted.covariance[lost, shift, shift] = _LOST_PX**2
+    which = which[fitted.converged[which] & (fitted.covariance[which, axis, axis] > 0)]
+    variance = fitted.covariance[which, axis, axis]
+    along = fitted.covariance[which, axis] / variance[:, None]
+    # σ apart at the maximum, farther and farther apart away from it
+    sigma = np.minimum(np.sqrt(variance), _ASIDE_PX)[:, None]
+    growth = np.interp(_ASIDE * _ASIDE_PX / sigma, _REACHES, _GROWTHS)
+    offsets = sigma * np.sinh(growth * steps) / growth
+    heights = profile(fitted.values[which], along, offsets, which)
+    weight = np.exp(-0.5 * (heights - heights.min(axis=1, keepdims=True)))
+    weight *= np.cosh(growth * steps)
+    weight /= weight.sum(axis=1, keepdims=True)
+    mean = (weight * offsets).sum(axis=1)
+    more = (weight * (offsets - mean[:, None]) ** 2).sum(axis=1) - variance
+    fitted.values[which] += mean[:, None] * along
+    fitted.covariance[which] += more[:, None, None] * along[:, :, None] * along[:, None, :]
 
 
 def fit_shifts(
@@ -544,6 +557,54 @@ def _model(
                 for k in range(5):
                     channels[k, x, y] += weight * one[k, x, y]
                 channels[5, x, y] += slope * one[0, x, y]
+
+
+@kernel
+def _profile(
+    plan: ContinuousPlan,
+    counts: NDArray[np.float32],
+    masks: NDArray[np.float32],
+    values: Floats,
+    along: Floats,
+    offsets: Floats,
+    out: Floats,
+) -> None:
+    """Fill out (n, m): −2 log likelihood at offsets (n, m) along (n, 7) from values (n, 7).
+
+    The scale is the most likely one.
+    """
+    n, ny, nx = counts.shape
+    pattern = np.zeros((1, nx, ny))
+    trial = np.zeros(_P)
+    for i in range(n):
+        mask = masks[i if masks.shape[0] > 1 else 0]
+        total = pixels = 0.0
+        for x in range(nx):
+            for y in range(ny):
+                total += mask[y, x] * counts[i, y, x]
+                pixels += mask[y, x]
+        for j in range(out.shape[1]):
+            for a in range(_P):
+                trial[a] = values[i, a] + offsets[i, j] * along[i, a]
+            pattern_channels(plan, trial[_X], trial[_Y], trial[_DQ], trial[_THICKNESS], pattern)
+            light = 0.0
+            for x in range(nx):
+                for y in range(ny):
+                    light += mask[y, x] * pattern[0, x, y]
+            out[i, j] = np.inf
+            background = values[i, _BACKGROUND]
+            if light <= 0:
+                continue
+            scale = max((total - background * pixels) / light, 0.1 * total / light)
+            floor = max(background, _FAINT * scale)
+            value = scale * light + floor * pixels
+            for x in range(nx):
+                for y in range(ny):
+                    if mask[y, x] * counts[i, y, x] > 0:
+                        value -= counts[i, y, x] * math.log(
+                            max(scale * pattern[0, x, y], 0.0) + floor
+                        )
+            out[i, j] = 2 * value
 
 
 @kernel

@@ -25,7 +25,8 @@ from tiled.config import Config
 from tiled.server.app import build_app_from_config
 from tiled.server.settings import get_settings
 
-from nanobeam_bluesky.tiled_adapters.confined import Confined, roots_of
+from nanobeam_bluesky.documents.roots import Roots
+from nanobeam_bluesky.tiled_adapters.confined import Confined, folders_of
 
 __all__ = [
     "MEDIA_TYPES",
@@ -42,11 +43,26 @@ logger = logging.getLogger("nanobeam_bluesky")
 VIEWS = "nanobeam_bluesky.tiled_adapters.views"
 STREAMING = {"uri": "memory", "data_ttl": 600}
 """What is written is kept for so many seconds, for those who subscribe late."""
+_RUNS = {"name": "CatalogOfBlueskyRuns", "version": "3.0"}
+_EXPORTERS = "nanobeam_bluesky.tiled_adapters.exporters"
 MEDIA_TYPES = {
+    "NanobeamMaps": {
+        "application/x-hdf5": f"{_EXPORTERS}:maps_nexus",
+        "image/png": f"{_EXPORTERS}:maps_png",
+        "image/tiff": f"{_EXPORTERS}:maps_tiff",
+        "text/csv": f"{_EXPORTERS}:maps_csv",
+        "text/html": f"{_EXPORTERS}:maps_html",
+        "text/markdown": f"{_EXPORTERS}:maps_markdown",
+    },
+    "NanobeamScan": {
+        "application/x-hdf5": f"{_EXPORTERS}:scan_nexus",
+    },
+    "NanobeamMap": {"image/png": f"{_EXPORTERS}:png"},
+    "NanobeamPatterns": {"image/png": f"{_EXPORTERS}:png"},
     # what ``run.documents()`` asks for, and Tiled itself does not have
     "BlueskyRun": {"application/json-seq": "bluesky_tiled_plugins.exporters:json_seq_exporter"},
 }
-_RUNS = {"name": "CatalogOfBlueskyRuns", "version": "3.0"}
+"""Of each spec, in what formats it can be had: ``media_types`` of a Tiled configuration."""
 
 
 def open_catalog(folder: Path | str, *, readable_storage: Iterable[Path | str] = ()) -> Container:
@@ -151,7 +167,9 @@ def build_app(config: Mapping[str, Any] | Config) -> Any:
     for tree in config.trees:
         context = getattr(tree.tree, "context", None)
         if context is not None:
-            context.adapters_by_mimetype = Confined(context.adapters_by_mimetype, roots_of(context))
+            context.adapters_by_mimetype = Confined(
+                context.adapters_by_mimetype, Roots(folders_of(context))
+            )
     app = build_app_from_config(config)
     for error in (OverflowError, ValueError):
         app.add_exception_handler(error, _unfit)
@@ -193,9 +211,9 @@ class OneWriter:
 
 
 async def _unfit(request: Any, error: Exception) -> JSONResponse:
-    """Answer 422, and why, to what Tiled fails on: an offset of 1e30, a filter that is no JSON."""
+    """Answer 400, and why, to what Tiled fails on: an offset of 1e30, ``image/png;cmap``."""
     logger.warning("%s %s: %s", request.method, request.url.path, error)
-    return JSONResponse({"detail": str(error)}, 422)
+    return JSONResponse({"detail": str(error)}, 400)
 
 
 def _create(catalog: Path) -> None:

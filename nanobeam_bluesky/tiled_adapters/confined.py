@@ -20,14 +20,14 @@ from tiled.utils import path_from_uri
 from nanobeam_bluesky.documents.formats import NeverError, NotYetError
 from nanobeam_bluesky.documents.roots import Roots
 
-__all__ = ["Confined", "roots_of"]
+__all__ = ["Confined", "folders_of"]
 
 _HDF5 = ("application/x-hdf5", "application/x-netcdf")
 
 
-def roots_of(context: Any) -> Roots:
+def folders_of(context: Any) -> list[str]:
     """Return the folders that a catalogue may read."""
-    return Roots(s.path for s in context.readable_storage.values() if type(s) is FileStorage)
+    return [str(s.path) for s in context.readable_storage.values() if type(s) is FileStorage]
 
 
 class Confined(Mapping[str, Any]):

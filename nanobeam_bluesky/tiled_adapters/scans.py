@@ -166,6 +166,8 @@ class Scan:
             root_map=root_map,
             note=self._noted,
         )
+        self.documents: list[tuple[str, Mapping[str, Any]]] = []
+        """Descriptors, event pages, and where the files are: what an analysis needs."""
         self._blocks: list[PointBlock] = []
         self._block_of = np.full(self.grid.num_points + 1, -1)
         self._positions = {motor: list[PointBlock]() for motor in motors}
@@ -197,6 +199,11 @@ class Scan:
         slow, fast = self.grid.row_col(np.arange(1, self.grid.num_points + 1))
         self._point: NDArray[np.int64] = np.empty(self.grid.scan.shape, np.int64)
         self._point[slow, fast] = np.arange(1, self.grid.num_points + 1)
+
+    @property
+    def is_in_files(self) -> bool:
+        """Whether its frames are in files, and not in Tiled's own storage."""
+        return self._frames is not None and self._frames.array is None
 
     @property
     def units(self) -> dict[str, str]:
@@ -365,6 +372,7 @@ class Scan:
         return (array.stream, array.key) == (self._references.stream, self._references.frame_key)
 
     def _put(self, name: str, doc: Mapping[str, Any]) -> None:
+        self.documents.append((name, doc))
         try:
             for label, block in self._references.document(name, doc, None):
                 self._add(label, block)

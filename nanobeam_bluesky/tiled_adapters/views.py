@@ -10,9 +10,11 @@ import asyncio
 import copy
 import math
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -24,19 +26,21 @@ from fastapi import HTTPException, WebSocketException
 from numpy.typing import NDArray
 from tiled.adapters.core import Adapter
 from tiled.catalog.adapter import CatalogContainerAdapter, from_uri
-from tiled.queries import AccessTagsFilter
+from tiled.queries import AccessTagsFilter, Eq
 from tiled.server.core import NoEntry
 from tiled.structures.array import ArrayStructure, BuiltinDtype
 from tiled.structures.container import ContainerStructure
 from tiled.structures.core import Spec, StructureFamily
 from tiled.utils import UnsupportedQueryType
 
-from nanobeam_bluesky.documents import FrameReader
+from nanobeam_bluesky.documents import FrameReader, read_documents
 from nanobeam_bluesky.documents.maps import derived_scan, to_maps
+from nanobeam_bluesky.documents.roots import Roots
 from nanobeam_bluesky.geometry import ROI, GeometryError
 from nanobeam_bluesky.models import Estimates
 from nanobeam_bluesky.presets import Preset
-from nanobeam_bluesky.tiled_adapters.confined import roots_of
+from nanobeam_bluesky.tiled_adapters.computed import BusyError, Computer
+from nanobeam_bluesky.tiled_adapters.confined import folders_of
 from nanobeam_bluesky.tiled_adapters.scans import Scan, UnreadableError, recorded
 
 __all__ = ["maps", "scans"]
@@ -62,6 +66,7 @@ def maps(
     readable_storage: Sequence[str] = (),
     mount_node: str = "derived",
     specs: Sequence[Mapping[str, str]] = (),
+    compute: Mapping[str, Any] | None = None,
 ) -> CatalogContainerAdapter:
     """Return a tree of maps: every derived run of a catalogue as one ``xarray.Dataset``.
 
@@ -77,9 +82,23 @@ def maps(
         Container of the runs in that database.
     specs
         Of the tree itself.
+    compute
+        Where the uid of a raw run is asked for, show its newest derived run; if there is none,
+        analyse it, in a process of its own, one run at a time. Its "folder" keeps what comes out;
+        "mount_node" ("raw"), "preset" and "root_map" are as for `scans`.
     """
     found = from_uri(uri, readable_storage=list(readable_storage), specs=list(specs))
-    return _Maps(found.context, found.node, mount_path=_segments(mount_node))
+    view = _Maps(found.context, found.node, mount_path=_segments(mount_node))
+    if compute:
+        given = {"mount_node": "raw", "preset": "auto", "root_map": None} | dict(compute)
+        folder = given.pop("folder")
+        raw = scans(uri, readable_storage=readable_storage, **given)
+        given.pop("mount_node")
+        computer = Computer(folder, roots=folders_of(found.context), **given)
+        view.compute = _Compute(raw, computer)
+        view.startup_tasks += raw.startup_tasks
+        view.shutdown_tasks += [partial(to_thread.run_sync, computer.close), *raw.shutdown_tasks]
+    return view
 
 
 def scans(
@@ -90,7 +109,7 @@ def scans(
     specs: Sequence[Mapping[str, str]] = (),
     preset: str = "auto",
     root_map: Mapping[str, str] | None = None,
-) -> CatalogContainerAdapter:
+) -> _Scans:
     """Return a tree of raw scans on their grids: frames, patterns, intensity, positions.
 
     Parameters
@@ -106,7 +125,7 @@ def scans(
         Folders of the documents' paths → where they are mounted here.
     """
     found = from_uri(uri, readable_storage=list(readable_storage), specs=list(specs))
-    reader = FrameReader(roots=roots_of(found.context), refresh=False)
+    reader = FrameReader(roots=Roots(folders_of(found.context)), refresh=False)
     settings = _Settings(Preset.choices(preset), reader, root_map)
     return _Scans(found.context, found.node, settings=settings, mount_path=_segments(mount_node))
 
@@ -152,10 +171,12 @@ class _Array(Adapter[ArrayStructure]):
                 dims=tuple(dims),
             ),
             metadata={"attrs": {"units": units}},
-            specs=[Spec(spec)],
+            specs=[*_kinds(dims), Spec(spec)],
         )
         self._run = run
         self._load = load
+        self._name = ""
+        self._siblings: Mapping[str, _Array] = {}
 
     @property
     def access_tags(self) -> Any:
@@ -167,6 +188,11 @@ class _Array(Adapter[ArrayStructure]):
         other._structure = replace(self._structure, dims=(dim,))
         return other
 
+    def among(self, name: str, siblings: Mapping[str, _Array]) -> None:
+        """Tell the array its name and what else the run has."""
+        if not self._name:
+            self._name, self._siblings = name, siblings
+
     async def read(self, slice: Any = ...) -> NDArray[Any]:
         """Return a slice of the whole."""
         index = _index(slice, len(self._structure.shape))
@@ -177,7 +203,27 @@ class _Array(Adapter[ArrayStructure]):
         size = math.prod(kept) * self._structure.data_type.to_numpy_dtype().itemsize
         if size > RESPONSE_BYTES:
             raise HTTPException(400, f"{size} bytes at once: ask for a slice, or for blocks")
+        # an exporter is given the values and this
+        self._metadata: dict[str, Any] = self._metadata | {
+            "labelled": partial(self._labelled, index)
+        }
         return await self._load(index)
+
+    async def _labelled(self, index: Index, values: NDArray[Any]) -> xr.DataArray:
+        """Return what was read with its name, units and coordinates."""
+        coords: dict[str, Any] = {}
+        kept = []
+        for dim, chosen in zip(self._structure.dims, index, strict=True):
+            if not isinstance(chosen, _slice):
+                if dim in ("row", "col"):
+                    coords[dim] = chosen
+                continue
+            kept.append(dim)
+            for name, other in self._siblings.items():
+                if other.structure().dims == (dim,):
+                    coords[name] = (dim, await other.read((chosen,)), other.metadata()["attrs"])
+        attrs = self.metadata()["attrs"] | {"start": self._run.metadata()["start"]}
+        return xr.DataArray(values, coords, kept, self._name, attrs)
 
     async def read_block(self, block: Any, slice: Any = ...) -> NDArray[Any]:
         """Return a slice of a block."""
@@ -189,6 +235,15 @@ class _Array(Adapter[ArrayStructure]):
 
 
 _slice = slice
+_MAPS, _SCAN = Spec("NanobeamMaps", "1.0"), Spec("NanobeamScan", "1.0")
+_MAP, _PATTERNS = Spec("NanobeamMap", "1.0"), Spec("NanobeamPatterns", "1.0")
+
+
+def _kinds(dims: Sequence[str]) -> list[Spec]:
+    """Say what an array shows: exporters go by it."""
+    if len(dims) < 2:
+        return []
+    return [_MAP if tuple(dims) == ("row", "col") else _PATTERNS]
 
 
 def _index(given: Any, ndim: int) -> Index:
@@ -233,15 +288,24 @@ class _Run(Adapter[ContainerStructure]):
         *,
         metadata: Mapping[str, Any],
         specs: Sequence[Spec] = (),
+        source: Any = None,
     ) -> None:
+        """`source` is what exporters read: of maps their maker, of a raw run its `Scan`."""
         super().__init__(
             ContainerStructure(keys=list(children)),
             metadata=(run.metadata() or {}) | dict(metadata),
             specs=list(specs),
         )
         self.node = run.node
+        self.source = source
         self._run = run
         self._children = dict(children)
+        for name, child in self._children.items():
+            child.among(name, self._children)
+
+    def __dask_tokenize__(self) -> str:
+        """Be new each time: Tiled's ETag knows nothing of what arrays of a run come to."""
+        return uuid.uuid4().hex
 
     @property
     def access_tags(self) -> Any:
@@ -251,6 +315,8 @@ class _Run(Adapter[ContainerStructure]):
         return len(self._children)
 
     def _check(self) -> None:
+        if self._metadata.get("computing"):
+            raise HTTPException(503, "being computed: ask again", headers={"Retry-After": "2"})
         problem = self._metadata.get("problem")
         if problem:
             raise HTTPException(422, problem)
@@ -295,7 +361,13 @@ class _Run(Adapter[ContainerStructure]):
         return offset or None
 
     def _with(self, children: Mapping[str, _Array]) -> _Run:
-        return _Run(self._run, children, metadata=self._metadata, specs=self._specs)
+        return _Run(
+            self._run,
+            children,
+            metadata=self._metadata,
+            specs=self._specs,
+            source=self.source,
+        )
 
     def sort(self, sorting: Sequence[tuple[str, int]]) -> _Run:
         """Reverse, or not: the arrays have an order of their own."""
@@ -379,6 +451,9 @@ class _Kept:
     maps: LRUCache[Any, xr.Dataset] = field(
         default_factory=lambda: LRUCache(MAPS_BYTES, getsizeof=lambda maps: maps.nbytes)
     )
+    computed: LRUCache[Path, _Computed] = field(
+        default_factory=lambda: LRUCache(MAPS_BYTES, getsizeof=lambda run: run.maps.nbytes)
+    )
     scans: LRUCache[Any, tuple[float, Scan | str]] = field(
         default_factory=lambda: LRUCache(KEPT_SCANS)
     )
@@ -389,13 +464,94 @@ class _Kept:
         return self.locks.setdefault(key, asyncio.Lock())
 
 
+@dataclass(frozen=True)
+class _Compute:
+    """What makes maps of raw runs."""
+
+    raw: _Scans
+    computer: Computer
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """A derived run that is in no catalogue."""
+
+    node: Any
+    access_tags: Any
+    documents: tuple[Any, Any]
+    """Start and stop."""
+    maps: xr.Dataset
+
+    def metadata(self) -> dict[str, Any]:
+        return {"start": self.documents[0], "stop": self.documents[1], "computed": True}
+
+
+def _kept_on(path: Path, raw: Any) -> _Computed:
+    """Read what was computed for a raw run."""
+    documents = list(read_documents(path))
+    (_, start), (_, stop) = documents[0], documents[-1]
+    return _Computed(raw.node, raw.access_tags, (start, stop), to_maps(documents))
+
+
 class _Maps(_View):
-    def __init__(self, context: Any, node: Any, *, kept: _Kept | None = None, **options: Any):
+    def __init__(
+        self,
+        context: Any,
+        node: Any,
+        *,
+        kept: _Kept | None = None,
+        compute: _Compute | None = None,
+        **options: Any,
+    ):
         super().__init__(context, node, **options)
         self._kept = kept or _Kept()
+        self.compute = compute
 
     def new_variation(self, *args: Any, **options: Any) -> Any:
-        return super().new_variation(*args, kept=self._kept, **options)
+        return super().new_variation(*args, kept=self._kept, compute=self.compute, **options)
+
+    async def lookup_adapter(self, segments: Sequence[str]) -> Any:
+        try:
+            return await super().lookup_adapter(segments)
+        except NoEntry:
+            if self.compute is None:
+                raise
+        found = await self._of_raw(segments[0])
+        return await found.lookup_adapter(segments[1:])
+
+    async def _of_raw(self, uid: str) -> _Run:
+        """Return the maps of a raw run: of its newest derived run, else computed."""
+        assert self.compute is not None
+        limits = {"conditions": self.conditions, "access_filters": self.access_filters}
+        view = self.compute.raw.new_variation(**limits)
+        raw = await CatalogContainerAdapter.lookup_adapter(view, [uid])
+        derived = self.search(Eq("start.original_run_uid", uid)).sort([("start.time", -1)])
+        for _, run in await CatalogContainerAdapter.items_range(derived, 0, 1):
+            return await self._opened(run)
+        metadata = raw.metadata()
+        if not metadata.get("stop"):
+            problem = "no derived run yet, and it still goes on"
+            return _Run(raw, {}, metadata={"problem": problem}, specs=[_MAPS])
+        try:
+            scan = await view.scan(raw)
+            if not isinstance(scan, Scan):
+                raise UnreadableError(scan)
+            if not scan.is_in_files:
+                raise UnreadableError("its frames are in Tiled's own storage: not computed")
+            documents = [
+                ("start", metadata["start"]), *scan.documents, ("stop", metadata["stop"])
+            ]  # fmt: skip
+            path = await to_thread.run_sync(self.compute.computer.result, documents)
+            if path is None:
+                return _Run(raw, {}, metadata={"computing": True}, specs=[_MAPS])
+            run = self._kept.computed.get(path)
+            if run is None:
+                run = self._kept.computed[path] = await to_thread.run_sync(_kept_on, path, raw)
+        except (GeometryError, UnreadableError) as error:
+            return _Run(raw, {}, metadata={"problem": str(error)}, specs=[_MAPS])
+        except BusyError as error:
+            raise HTTPException(503, f"{error}: ask again", headers={"Retry-After": "10"}) from None
+        return self._listed(run, {str(name): run.maps[name].units for name in run.maps.variables})
 
     def _listed(self, run: Any, units: Mapping[str, Any] | None = None) -> _Run:
         try:
@@ -403,7 +559,8 @@ class _Maps(_View):
             if math.prod(scan.shape) > MAX_POINTS or min(scan.shape) < 1:
                 raise UnreadableError(f"shape = {list(scan.shape)}: more points than can be")
         except UnreadableError as error:
-            return _Run(run, {}, metadata={"problem": str(error)})
+            # with the spec too: its client says why there are no maps
+            return _Run(run, {}, metadata={"problem": str(error)}, specs=[_MAPS])
         start = run.metadata()["start"]
         units = dict.fromkeys(scan.motors, "") | Estimates.UNITS | dict(units or {})
         children = {
@@ -418,8 +575,9 @@ class _Maps(_View):
                 run, shape, "f8", dims, load, units=units[motor], spec="xarray_coord"
             )
         attrs = {"original_run_uid": start["original_run_uid"], "uid": start["uid"]}
-        specs = [Spec("NanobeamMaps", "1.0"), Spec("xarray_dataset")]
-        return _Run(run, children, metadata={"attrs": attrs}, specs=specs)
+        specs = [_MAPS, Spec("xarray_dataset")]
+        source = partial(self._dataset, run, units)
+        return _Run(run, children, metadata={"attrs": attrs}, specs=specs, source=source)
 
     def _array(
         self, run: Any, shape: tuple[int, int], name: str, units: str, column: str = ""
@@ -437,15 +595,26 @@ class _Maps(_View):
             units = {}
         return self._listed(run, units)
 
+    async def _dataset(self, run: Any, units: Mapping[str, str]) -> xr.Dataset:
+        """Return all maps of a run, with their units."""
+        maps = (await self._maps(run)).copy()
+        for name, values in maps.variables.items():
+            key = str(name) if name in units else str(name).removesuffix("_measured")
+            values.attrs["units"] = units[key]
+        return maps
+
     async def _load(self, run: Any, name: str, column: str, index: Index) -> NDArray[Any]:
         values = (await self._maps(run, column))[name].to_numpy()[index]
         return values.astype("i4") if name == "flags" else values
 
-    async def _maps(self, run: Any, column: str) -> xr.Dataset:
-        """Return all maps of a closed run; of one that goes on, those of a column."""
+    async def _maps(self, run: Any, column: str = "") -> xr.Dataset:
+        """Return all maps of a closed run; of one that goes on, those of a column if named."""
+        if isinstance(run, _Computed):
+            return run.maps
         start = run.metadata()["start"]
         if not run.metadata().get("stop"):
-            return await _put_on_grid(run, start, {column, "flags", "row", "col"})
+            wanted = {column, "flags", "row", "col"} if column else None
+            return await _put_on_grid(run, start, wanted)
         key = (run.node.id, run.node.time_updated)
         if key not in self._kept.maps:
             async with self._kept.making(key):
@@ -524,8 +693,8 @@ class _Scans(_View):
         try:
             self._preset(run)
         except (GeometryError, UnreadableError) as error:
-            return _Run(run, {}, metadata={"problem": str(error)})
-        return _Run(run, {}, metadata={}, specs=[Spec("NanobeamScan", "1.0")])
+            return _Run(run, {}, metadata={"problem": str(error)}, specs=[_SCAN])
+        return _Run(run, {}, metadata={}, specs=[_SCAN])
 
     def _preset(self, run: Any) -> Preset:
         """Return the preset of a run that is a scan."""
@@ -549,9 +718,9 @@ class _Scans(_View):
         listed = self._listed(run)
         if listed.metadata().get("problem"):
             return listed
-        scan = await self._scan(run)
+        scan = await self.scan(run)
         if isinstance(scan, str):
-            return _Run(run, {}, metadata={"problem": scan})
+            return _Run(run, {}, metadata={"problem": scan}, specs=[_SCAN])
         rows, cols = scan.grid.scan.shape
         motors = scan.grid.scan.motors
         make = partial(_Array, run)
@@ -599,9 +768,9 @@ class _Scans(_View):
         notes = {"note": scan.note} if scan.note else {}
         if scan.problem:
             notes["note"] = f"no patterns: {scan.problem}"
-        return _Run(run, children, metadata=notes, specs=[Spec("NanobeamScan", "1.0")])
+        return _Run(run, children, metadata=notes, specs=[_SCAN], source=scan)
 
-    async def _scan(self, run: Any) -> Scan | str:
+    async def scan(self, run: Any) -> Scan | str:
         """Return a scan, or why it cannot be read; what is closed, or fresh, is kept."""
         metadata = run.metadata()
         key = (run.node.id, bool(metadata.get("stop")))

@@ -1,0 +1,218 @@
+"""Maps of raw runs that nobody has analysed yet, made when they are asked for.
+
+The process that makes them is ``python -m nanobeam_bluesky.tiled_adapters.computed``: it gives
+way to everything else, and ends with the server.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanobeam_bluesky.callbacks.worker_client import NO_LOCKS
+from nanobeam_bluesky.documents import derive, read_documents
+from nanobeam_bluesky.documents.roots import Roots
+from nanobeam_bluesky.tiled_adapters.scans import UnreadableError
+
+__all__ = ["BusyError", "Computer"]
+
+Documents = list[tuple[str, Mapping[str, Any]]]
+
+KEPT_RUNS = 200
+KEPT_BYTES = 2_000_000_000
+WAITING = 16
+"""Runs that may wait for their turn."""
+AGAIN_SECONDS = 600
+"""What failed is not tried again before."""
+
+
+class BusyError(RuntimeError):
+    """Too many runs wait already."""
+
+
+class Computer:
+    """Analyses raw runs one after the other; what comes out is kept in a folder.
+
+    Parameters
+    ----------
+    folder
+        Where documents of derived runs are kept: the `KEPT_RUNS` used last, up to `KEPT_BYTES`.
+    preset, root_map
+        As for `NanobeamCallback`.
+    roots
+        Folders with detector files; others are refused.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        preset: str = "auto",
+        root_map: Mapping[str, str] | None = None,
+        roots: Iterable[str | Path] = (),
+    ) -> None:
+        self._folder = Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for part in self._folder.glob("*.part"):  # of a server that was killed
+            part.unlink(missing_ok=True)
+        self._settings = {
+            "preset": preset,
+            "root_map": dict(root_map or {}),
+            "roots": [str(root) for root in roots],
+        }
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="nanobeam-compute")
+        self._jobs: dict[Path, Future[None]] = {}
+        self._failed: dict[Path, tuple[float, str]] = {}
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._closed = False
+
+    def result(self, documents: Documents) -> Path | None:
+        """Return the file with the derived run's documents (JSON lines); None: not yet.
+
+        Parameters
+        ----------
+        documents
+            Of the raw run, from start to stop.
+
+        Raises
+        ------
+        UnreadableError
+            If there can be no maps: says why.
+        BusyError
+            If `WAITING` runs wait already.
+        """
+        path = self._path(documents)
+        with self._lock:
+            if path.exists():
+                os.utime(path)
+                return path
+            job = self._jobs.get(path)
+            if job is not None and job.done():
+                del self._jobs[path]
+            elif job is not None:
+                return None
+            failed, reason = self._failed.get(path, (-np.inf, ""))
+            if time.monotonic() - failed < AGAIN_SECONDS:
+                raise UnreadableError(reason)
+            if len(self._jobs) >= WAITING:
+                raise BusyError(f"{len(self._jobs)} scans wait to be analysed")
+            self._jobs[path] = self._executor.submit(self._compute, path, documents)
+            return None
+
+    def close(self) -> None:
+        """End what is going on."""
+        self._closed = True
+        with self._lock:
+            if self._process is not None:
+                self._process.kill()
+        self._executor.shutdown(cancel_futures=True)
+
+    def _path(self, documents: Documents) -> Path:
+        """Name a run's results by all that they depend on."""
+        (_, start), (_, stop) = documents[0], documents[-1]
+        identity = [version("nanobeam-bluesky"), start, stop.get("uid"), self._settings]
+        text = json.dumps(identity, sort_keys=True, default=_plain)
+        return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.jsonl"
+
+    def _compute(self, path: Path, documents: Documents) -> None:
+        raw, part = path.with_suffix(".raw.part"), path.with_suffix(".part")
+        reason = ""
+        try:
+            _write(raw, documents)
+            command = [sys.executable, "-m", __name__, str(raw), str(part)]
+            with self._lock:
+                if self._closed:
+                    return
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    env=os.environ | NO_LOCKS,
+                )
+            process = self._process
+            assert process.stdin is not None and process.stderr is not None
+            process.stdin.write(json.dumps(self._settings) + "\n")
+            process.stdin.flush()
+            said = process.stderr.read()
+            if process.wait() == 0:
+                os.replace(part, path)
+                self._tidy()
+            else:
+                reason = (said.strip() or f"it ended with {process.returncode}").splitlines()[-1]
+        except Exception as error:  # of the disk, say
+            reason = f"{type(error).__name__}: {error}"
+        finally:
+            with self._lock:
+                if self._process is not None:
+                    self._process.communicate()
+                self._process = None
+                if reason:
+                    self._failed[path] = time.monotonic(), f"not analysed: {reason}"
+            raw.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
+
+    def _tidy(self) -> None:
+        """Remove what was not used for longest."""
+        files = sorted(self._folder.glob("*.jsonl"), key=lambda f: -f.stat().st_mtime)
+        room = KEPT_BYTES
+        for number, file in enumerate(files):
+            room -= file.stat().st_size
+            if number and (number >= KEPT_RUNS or room < 0):
+                file.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    """Return NumPy's numbers and arrays as what JSON knows."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def _write(path: Path, documents: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for name, doc in documents:
+            file.write(json.dumps({"name": name, "doc": doc}, default=_plain) + "\n")
+
+
+def _end_with_input() -> None:
+    os.read(0, 1)  # not sys.stdin, whose lock the interpreter wants at its end
+    os._exit(1)
+
+
+def main() -> None:
+    """Analyse the run in one file of documents; write the derived run to another."""
+    os.nice(10)
+    raw, out = sys.argv[1:]
+    settings = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_input, daemon=True).start()
+    derived = list(
+        derive(
+            read_documents(raw),
+            preset=settings["preset"],
+            root_map=settings["root_map"],
+            roots=Roots(settings["roots"]),
+        )
+    )
+    (_, start), (_, stop) = derived[0], derived[-1]
+    if "shape" not in start:
+        sys.exit(str(stop.get("reason")))
+    _write(Path(out), derived)
+
+
+if __name__ == "__main__":
+    main()
