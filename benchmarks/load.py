@@ -1,6 +1,6 @@
-"""How Tiled serves scans and maps.
+"""How a server bears many clients.
 
-    python -m benchmarks.serving --load    # 20 clients at once: lists, maps, rows, PNG, mid-scan
+    python -m benchmarks.load    # 20 clients at once: lists, maps, rows, PNG, mid-scan
 
 `nanobeam serve` runs in a process of its own, on a folder with one raw scan, its maps and copies
 of these. While clients read, another scan's maps are written page by page.
@@ -150,7 +150,6 @@ def load(clients: int = 20, seconds: float = 60, shape: tuple[int, int] = (41, 4
 
 def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--load", action="store_true", help="only the load")
     parser.add_argument("--clients", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=60)
     options = parser.parse_args(None if arguments is None else list(arguments))

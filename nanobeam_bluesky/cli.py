@@ -398,6 +398,10 @@ def serve(
         list[str] | None,
         typer.Option(help="A folder of the documents and where it is mounted here: OLD=NEW."),
     ] = None,
+    compute: Annotated[
+        bool,
+        typer.Option("--compute", help="Analyse raw runs without maps when these are asked for."),
+    ] = False,
     config: Annotated[
         Path | None,
         typer.Option(help="A Tiled configuration (YAML) to serve with our views, not a folder."),
@@ -413,7 +417,7 @@ def serve(
     """
     # a file that HDF5 has locked to read cannot be opened by its writer again; read with h5py
     os.environ["HDF5_USE_FILE_LOCKING"] = "FALSE"
-    if config is not None and (folder or readable_storage or root_map):
+    if config is not None and (folder or readable_storage or root_map or compute):
         _stop("--config says itself which folders are served and read: give it alone", code=2)
     try:
         from nanobeam_bluesky import tiled_adapters
@@ -427,12 +431,13 @@ def serve(
             folder, storage = folder or Path("nanobeam-demo"), readable_storage or []
             roots = read_root_map(root_map or [])
             if print_config:
-                print(as_yaml(folder, storage, root_map=roots), end="")
+                print(as_yaml(folder, storage, root_map=roots, compute=compute), end="")
                 return
             serving = tiled_adapters.serve(
                 folder,
                 readable_storage=storage,
                 root_map=roots,
+                compute=compute,
                 host=host,
                 port=8000 if port is None else port,
             )

@@ -115,6 +115,7 @@ def configuration(
     readable_storage: Iterable[Path | str] = (),
     *,
     root_map: Mapping[str, str] | None = None,
+    compute: bool = False,
 ) -> dict[str, Any]:
     """Return Tiled's configuration of the catalogue in `folder`, which is created if missing."""
     folder = Path(folder).resolve()
@@ -131,12 +132,13 @@ def configuration(
     runs = {"uri": f"sqlite:///{catalog}", "specs": [_RUNS]}
     stored = runs | {"writable_storage": writable, "readable_storage": readable}
     viewed = runs | {"readable_storage": [*readable, *writable]}
-    mapped = {"root_map": dict(root_map)} if root_map else {}
+    mapped: dict[str, Any] = {"root_map": dict(root_map)} if root_map else {}
+    computed = {"compute": {"folder": str(folder / "computed")} | mapped} if compute else {}
     trees = (
         ("raw", "catalog", stored | {"mount_node": "raw"}),
         ("derived", "catalog", stored | {"mount_node": "derived"}),
         ("scans", f"{VIEWS}:scans", viewed | {"mount_node": "raw"} | mapped),
-        ("maps", f"{VIEWS}:maps", viewed | {"mount_node": "derived"}),
+        ("maps", f"{VIEWS}:maps", viewed | {"mount_node": "derived"} | computed),
     )
     return {
         "trees": [{"path": f"/{path}", "tree": tree, "args": a} for path, tree, a in trees],

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -45,6 +45,7 @@ def serve(
     *,
     readable_storage: Iterable[Path | str] = (),
     root_map: Mapping[str, str] | None = None,
+    compute: bool = False,
     host: str = LOCALHOST,
     port: int = 0,
 ) -> Iterator[str]:
@@ -59,6 +60,8 @@ def serve(
         As for `open_catalog`.
     root_map
         Folders of the documents' paths → where they are mounted here; for ``scans/``.
+    compute
+        Whether raw runs without a derived one are analysed when their maps are asked for.
     host
         Address to listen on; others than this machine's own let others in.
     port
@@ -76,7 +79,7 @@ def serve(
     RuntimeError
         If Tiled does not start: says why.
     """
-    config = configuration(folder, readable_storage, root_map=root_map)
+    config = configuration(folder, readable_storage, root_map=root_map, compute=compute)
     with _serving(Config.model_validate(config), str(folder), host, port) as url:
         yield url
 
@@ -171,9 +174,12 @@ def _serving(config: Config, what: str, host: str, port: int) -> Iterator[str]:
         server = uvicorn.Server(
             uvicorn.Config(_telling(guarded(app), failures), lifespan="on", **options)
         )
-        thread = threading.Thread(
-            target=server.run, args=([listener],), name="tiled server", daemon=True
-        )
+
+        def run() -> None:
+            with suppress(SystemExit):  # of a server that did not start
+                server.run([listener])
+
+        thread = threading.Thread(target=run, name="tiled server", daemon=True)
         thread.start()
         try:
             while not server.started:
@@ -332,7 +338,8 @@ _COMMENTS = {
 # PostgreSQL, after `tiled catalog init URI`:
 #     uri: postgresql://USER:PASSWORD@HOST/catalog
 #     writable_storage: [/…/arrays, postgresql://USER:PASSWORD@HOST/tables]
-# Views take, beside, preset: auto, and that of scans root_map: {/ioc/data: /data}.
+# Views take, beside, preset: auto, and that of scans root_map: {/ioc/data: /data}; that of maps
+# compute: {folder: /data/computed}, to analyse raw runs whose maps are asked for.
 """,
     "create_mount_nodes_if_not_exist": "# raw and derived are made at the first start.\n",
     "expose_raw_assets": "# Whole files can hold more than the run; arrays are enough.\n",
@@ -349,9 +356,10 @@ def print_config(
     readable_storage: Iterable[Path | str] = (),
     *,
     root_map: Mapping[str, str] | None = None,
+    compute: bool = False,
 ) -> str:
     """Return a Tiled configuration (YAML, with comments) of what `serve` serves."""
-    config = configuration(folder, readable_storage, root_map=root_map)
+    config = configuration(folder, readable_storage, root_map=root_map, compute=compute)
     config = json.loads(json.dumps(config))  # or YAML would point from one list to its other uses
     sections = [
         _COMMENTS.get(name, "")
