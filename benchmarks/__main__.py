@@ -12,6 +12,7 @@ NAMES = [
     "raw_scan",
     "pipeline",
     "serving",
+    "load",
     "soak",
 ]
 

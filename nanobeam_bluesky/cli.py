@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
+import threading
 import tomllib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from enum import StrEnum
 from importlib.metadata import version
 from itertools import zip_longest
@@ -117,10 +120,13 @@ def demo(
             console,
             random_seed=seed,
             show=show,
-            keep_serving=keep_serving,
         )
     except ValueError as error:
         _stop(str(error), code=2)
+    if keep_serving:
+        from nanobeam_bluesky.tiled_adapters import serve
+
+        _keep_serving(serve(out), out)
     raise typer.Exit(0 if ok else 1)
 
 
@@ -373,6 +379,83 @@ def live(
     raise typer.Exit(0 if ok else 1)
 
 
+@app.command()
+def serve(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(help="Runs, as of the demo; made if missing. Default: nanobeam-demo."),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="8000, or that of --config, if absent; 0: any.", max=65535)
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but this machine's own lets others in.")
+    ] = "127.0.0.1",
+    readable_storage: Annotated[
+        list[Path] | None, typer.Option(help="A folder with detector files; repeatable.")
+    ] = None,
+    root_map: Annotated[
+        list[str] | None,
+        typer.Option(help="A folder of the documents and where it is mounted here: OLD=NEW."),
+    ] = None,
+    compute: Annotated[
+        bool,
+        typer.Option("--compute", help="Analyse raw runs without maps when these are asked for."),
+    ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A Tiled configuration (YAML) to serve with our views, not a folder."),
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print one for a Tiled of your own, and end.")
+    ] = False,
+) -> None:
+    """Serve scans and maps with Tiled until Ctrl-C: browser, Tiled clients, PNG, NeXus.
+
+    The address that is printed holds the key (TILED_SINGLE_USER_API_KEY, or a new one): who has
+    it may read and write.
+    """
+    # a file that HDF5 has locked to read cannot be opened by its writer again; read with h5py
+    os.environ["HDF5_USE_FILE_LOCKING"] = "FALSE"
+    if config is not None and (folder or readable_storage or root_map or compute):
+        _stop("--config says itself which folders are served and read: give it alone", code=2)
+    try:
+        from nanobeam_bluesky import tiled_adapters
+        from nanobeam_bluesky.live import read_root_map
+        from nanobeam_bluesky.tiled_adapters.server import is_private
+        from nanobeam_bluesky.tiled_adapters.server import print_config as as_yaml
+    except ImportError as error:
+        _stop(f"{error}: nanobeam serve needs pip install 'nanobeam-bluesky[tiled]'", code=2)
+    try:
+        if config is None:
+            folder, storage = folder or Path("nanobeam-demo"), readable_storage or []
+            roots = read_root_map(root_map or [])
+            if print_config:
+                print(as_yaml(folder, storage, root_map=roots, compute=compute), end="")
+                return
+            serving = tiled_adapters.serve(
+                folder,
+                readable_storage=storage,
+                root_map=roots,
+                compute=compute,
+                host=host,
+                port=8000 if port is None else port,
+            )
+        else:
+            serving = tiled_adapters.serve_config(config, host=host, port=port)
+        if not is_private(host):
+            errors.print(
+                f"Others can reach {host}: who has the key may read and write all that is served, "
+                "and keys and data cross the network as they are. Put it behind a proxy with TLS.",
+                style="yellow",
+            )
+        _keep_serving(serving, config or folder)
+    except ValueError as error:
+        _stop(str(error), code=2)
+    except (OSError, RuntimeError) as error:
+        _stop(str(error), code=1)
+
+
 @models.command("import")
 def import_model(
     file: Annotated[Path, typer.Argument(help="A published .pth file. Nothing of it is run.")],
@@ -496,6 +579,16 @@ def remove_model(fingerprint: Fingerprint, store: Store = None) -> None:
     except (ModelNotFoundError, OSError) as error:
         _stop(str(error), code=1)
     _say(f"network {found} removed from {stored.root}")
+
+
+def _keep_serving(serving: AbstractContextManager[str], what: Path | None) -> None:
+    from nanobeam_bluesky.live import stopped_by_signals
+
+    stop = threading.Event()
+    with stopped_by_signals(stop), serving as url:
+        _say(f"Serving {what} at {url}\nCtrl-C ends it.")
+        stop.wait()
+    _say("ended")
 
 
 def _geometry(start: Path | None, geometry: Path | None, preset: str) -> Geometry:

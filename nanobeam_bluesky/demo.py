@@ -29,7 +29,7 @@ from nanobeam_bluesky.models.reduced import (
 from nanobeam_bluesky.physics import cramer_rao
 from nanobeam_bluesky.plots import plot_comparison
 from nanobeam_bluesky.sim import Phantom, SimulatedSXDM, phantom, sxdm_fly
-from nanobeam_bluesky.tiled_adapters import derived_writer, open_catalog, raw_writer, serve
+from nanobeam_bluesky.tiled_adapters import derived_writer, open_catalog, raw_writer
 
 __all__ = ["run_demo"]
 
@@ -94,7 +94,6 @@ def run_demo(
     *,
     random_seed: int | None = None,
     show: bool = False,
-    keep_serving: bool = False,
 ) -> bool:
     """Fly a simulated scan, map it live, record both runs, print and draw the outcome.
 
@@ -163,8 +162,6 @@ def run_demo(
     callback.close()
     if show:
         plt.show()
-    if keep_serving:
-        _serve(out, console)
     return ok
 
 
@@ -313,13 +310,3 @@ def _draw_maps(maps: xr.Dataset, truth: Phantom, path: Path) -> Path:
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
-
-
-def _serve(out: Path, console: Console) -> None:
-    with serve(out) as url:
-        console.print(f"\nServing {out} at {url}\nCtrl-C ends it.", highlight=False, soft_wrap=True)
-        try:
-            while True:
-                time.sleep(1)
-        except KeyboardInterrupt:
-            console.print("ended")

@@ -28,7 +28,7 @@ from nanobeam_bluesky.transports.receiver import without_secrets
 if TYPE_CHECKING:
     from tiled.client.container import Container
 
-__all__ = ["LiveOptions", "TiledTarget", "run_live"]
+__all__ = ["LiveOptions", "TiledTarget", "read_root_map", "run_live", "stopped_by_signals"]
 
 logger = logging.getLogger("nanobeam_bluesky")
 
@@ -161,7 +161,7 @@ def run_live(
         If a server for derived documents, a port or a file is not there.
     """
     where, source = _source(options)
-    roots = _roots(options.root_map)
+    roots = read_root_map(options.root_map)
     stop = stop or threading.Event()
     failures: list[BaseException] = []
     with ExitStack() as stack:
@@ -188,7 +188,7 @@ def run_live(
 
             port = stack.enter_context(serve_metrics(callback, options.metrics))
             _say(console, f"Metrics: http://127.0.0.1:{port}/metrics")
-        stack.enter_context(_signals(stop))
+        stack.enter_context(stopped_by_signals(stop))
 
         def receive() -> None:
             try:
@@ -226,8 +226,14 @@ def home() -> Path:
     return Path(os.environ.get("NANOBEAM_HOME") or user_data_path("nanobeam"))
 
 
-def _roots(root_map: Sequence[str]) -> dict[str, str]:
-    """Read OLD=NEW."""
+def read_root_map(root_map: Sequence[str]) -> dict[str, str]:
+    """Read OLD=NEW of an option.
+
+    Raises
+    ------
+    ValueError
+        If one is not like that.
+    """
     pairs = [text.rpartition("=") for text in root_map]
     for (old, _, new), text in zip(pairs, root_map, strict=True):
         if not old or not new.startswith("/"):
@@ -323,7 +329,7 @@ def _say(console: Console, message: str) -> None:
 
 
 @contextmanager
-def _signals(stop: threading.Event) -> Iterator[None]:
+def stopped_by_signals(stop: threading.Event) -> Iterator[None]:
     """Let Ctrl-C and SIGTERM end it in order; another Ctrl-C at once."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from fastapi.responses import JSONResponse
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -18,11 +21,28 @@ from tiled.catalog.core import initialize_database
 from tiled.client import from_context
 from tiled.client.container import Container
 from tiled.client.context import Context
+from tiled.config import Config
 from tiled.server.app import build_app_from_config
 from tiled.server.settings import get_settings
 
-__all__ = ["MEDIA_TYPES", "api_key", "build_app", "open_catalog"]
+from nanobeam_bluesky.documents.roots import Roots
+from nanobeam_bluesky.tiled_adapters.confined import Confined, folders_of
 
+__all__ = [
+    "MEDIA_TYPES",
+    "STREAMING",
+    "VIEWS",
+    "api_key",
+    "build_app",
+    "configuration",
+    "open_catalog",
+]
+
+logger = logging.getLogger("nanobeam_bluesky")
+
+VIEWS = "nanobeam_bluesky.tiled_adapters.views"
+STREAMING = {"uri": "memory", "data_ttl": 600}
+"""What is written is kept for so many seconds, for those who subscribe late."""
 _RUNS = {"name": "CatalogOfBlueskyRuns", "version": "3.0"}
 _EXPORTERS = "nanobeam_bluesky.tiled_adapters.exporters"
 MEDIA_TYPES = {
@@ -73,7 +93,7 @@ def open_catalog(folder: Path | str, *, readable_storage: Iterable[Path | str] =
     --------
     >>> run = open_catalog("nanobeam-demo")["derived"].values().last()  # doctest: +SKIP
     """
-    app = build_app(folder, readable_storage)
+    app = build_app(configuration(folder, readable_storage) | {"streaming_cache": None})
     with warnings.catch_warnings():
         # Tiled talks to its own application through starlette's test client
         warnings.filterwarnings("ignore", message=".*httpx.*starlette.testclient")
@@ -81,16 +101,23 @@ def open_catalog(folder: Path | str, *, readable_storage: Iterable[Path | str] =
 
 
 def api_key() -> str:
-    """Return the key of every Tiled application in this process: 32 random bytes.
+    """Return the key of every Tiled application in this process.
 
-    Tiled's settings are one object for all of them; a second key would lock out the first.
+    That of ``TILED_SINGLE_USER_API_KEY``, or 32 random bytes. Tiled's settings are one object
+    for all of them; a second key would lock out the first.
     """
     key: str = get_settings().single_user_api_key
     return key
 
 
-def build_app(folder: Path | str, readable_storage: Iterable[Path | str]) -> Any:
-    """Return the Tiled application (ASGI) of the catalogue in `folder`."""
+def configuration(
+    folder: Path | str,
+    readable_storage: Iterable[Path | str] = (),
+    *,
+    root_map: Mapping[str, str] | None = None,
+    compute: bool = False,
+) -> dict[str, Any]:
+    """Return Tiled's configuration of the catalogue in `folder`, which is created if missing."""
     folder = Path(folder).resolve()
     (folder / "frames").mkdir(parents=True, exist_ok=True)
     catalog = folder / "catalog.db"
@@ -101,34 +128,93 @@ def build_app(folder: Path | str, readable_storage: Iterable[Path | str]) -> Any
     # SQLite and not DuckDB, which is 1.2 to 1.6 times faster but belongs to one
     # process: a scan may be looked at from a second one while it is recorded
     writable = [str(folder / "arrays"), f"sqlite:///{folder / 'tables.db'}"]
-    readable = [str(folder / "frames"), *(str(Path(p)) for p in readable_storage)]
+    readable = [str(folder / "frames"), *(str(Path(p).resolve()) for p in readable_storage)]
     runs = {"uri": f"sqlite:///{catalog}", "specs": [_RUNS]}
     stored = runs | {"writable_storage": writable, "readable_storage": readable}
     viewed = runs | {"readable_storage": [*readable, *writable]}
-    views = "nanobeam_bluesky.tiled_adapters.views"
+    mapped: dict[str, Any] = {"root_map": dict(root_map)} if root_map else {}
+    computed = {"compute": {"folder": str(folder / "computed")} | mapped} if compute else {}
     trees = (
         ("raw", "catalog", stored | {"mount_node": "raw"}),
         ("derived", "catalog", stored | {"mount_node": "derived"}),
-        ("scans", f"{views}:scans", viewed | {"mount_node": "raw"}),
-        ("maps", f"{views}:maps", viewed | {"mount_node": "derived"}),
+        ("scans", f"{VIEWS}:scans", viewed | {"mount_node": "raw"} | mapped),
+        ("maps", f"{VIEWS}:maps", viewed | {"mount_node": "derived"} | computed),
     )
-    app = build_app_from_config(
-        {
-            "trees": [{"path": f"/{path}", "tree": tree, "args": a} for path, tree, a in trees],
-            "create_mount_nodes_if_not_exist": True,
-            "authentication": {"single_user_api_key": api_key()},
-            "expose_raw_assets": False,
-            "media_types": MEDIA_TYPES,
-        }
-    )
-    app.add_exception_handler(ValueError, _garbled_media_type)
+    return {
+        "trees": [{"path": f"/{path}", "tree": tree, "args": a} for path, tree, a in trees],
+        "create_mount_nodes_if_not_exist": True,
+        "expose_raw_assets": False,
+        "streaming_cache": STREAMING,
+        "media_types": MEDIA_TYPES,
+    }
+
+
+def build_app(config: Mapping[str, Any] | Config) -> Any:
+    """Return the Tiled application (ASGI) of a configuration: with a key, its files confined.
+
+    Raises
+    ------
+    ValueError
+        If the configuration is none, lets in anyone, or has a key that cannot stand in a URL.
+    """
+    config = Config.model_validate(config)
+    who = config.authentication
+    if who.allow_anonymous_access:
+        raise ValueError("authentication.allow_anonymous_access: expected false, or nothing")
+    who.allow_anonymous_access = False  # whatever Tiled's environment says
+    if not who.providers:
+        who.single_user_api_key = who.single_user_api_key or api_key()
+        if not re.fullmatch("[a-zA-Z0-9]+", who.single_user_api_key):
+            raise ValueError("the API key must be of letters and digits, as it stands in URLs")
+    for tree in config.trees:
+        context = getattr(tree.tree, "context", None)
+        if context is not None:
+            context.adapters_by_mimetype = Confined(
+                context.adapters_by_mimetype, Roots(folders_of(context))
+            )
+    app = build_app_from_config(config)
+    for error in (OverflowError, ValueError):
+        app.add_exception_handler(error, _unfit)
+    if any(urlparse((tree.args or {}).get("uri", "")).scheme == "sqlite" for tree in config.trees):
+        app.add_middleware(OneWriter)
     return app
 
 
-async def _garbled_media_type(request: Any, error: Exception) -> JSONResponse:
-    """Answer 400 to ``image/png;cmap``, which Tiled cannot parse."""
-    if "mimetype parameter" not in str(error):
-        raise error
+class OneWriter:
+    """Let requests write one after the other, whoever sends them, and read meanwhile.
+
+    SQLite gives up on a second writer after a while: on a busy disk a raw run lost its stop
+    document to the pages of its derived run.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self._lock = asyncio.Lock()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve a request."""
+        method = scope.get("method", "GET")
+        reads = method in ("GET", "HEAD", "OPTIONS") or (
+            method == "POST" and "/full/" in scope["path"]
+        )
+        if scope["type"] != "http" or reads:
+            await self._app(scope, receive, send)
+            return
+        messages = [await receive()]  # all of it first: a slow client holds up nobody
+        while messages[-1].get("more_body"):
+            messages.append(await receive())
+        coming = iter(messages)
+
+        async def again() -> Any:
+            return next(coming, None) or await receive()
+
+        async with self._lock:
+            await self._app(scope, again, send)
+
+
+async def _unfit(request: Any, error: Exception) -> JSONResponse:
+    """Answer 400, and why, to what Tiled fails on: an offset of 1e30, ``image/png;cmap``."""
+    logger.warning("%s %s: %s", request.method, request.url.path, error)
     return JSONResponse({"detail": str(error)}, 400)
 
 

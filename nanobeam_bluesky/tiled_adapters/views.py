@@ -16,18 +16,18 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import xarray as xr
 from anyio import to_thread
 from cachetools import LRUCache
-from fastapi import HTTPException
+from fastapi import HTTPException, WebSocketException
 from numpy.typing import NDArray
 from tiled.adapters.core import Adapter
 from tiled.catalog.adapter import CatalogContainerAdapter, from_uri
 from tiled.queries import AccessTagsFilter, Eq
 from tiled.server.core import NoEntry
-from tiled.storage import FileStorage
 from tiled.structures.array import ArrayStructure, BuiltinDtype
 from tiled.structures.container import ContainerStructure
 from tiled.structures.core import Spec, StructureFamily
@@ -40,6 +40,7 @@ from nanobeam_bluesky.geometry import ROI, GeometryError
 from nanobeam_bluesky.models import Estimates
 from nanobeam_bluesky.presets import Preset
 from nanobeam_bluesky.tiled_adapters.computed import BusyError, Computer
+from nanobeam_bluesky.tiled_adapters.confined import folders_of
 from nanobeam_bluesky.tiled_adapters.scans import Scan, UnreadableError, recorded
 
 __all__ = ["maps", "scans"]
@@ -93,7 +94,7 @@ def maps(
         folder = given.pop("folder")
         raw = scans(uri, readable_storage=readable_storage, **given)
         given.pop("mount_node")
-        computer = Computer(folder, roots=_folders(found), **given)
+        computer = Computer(folder, roots=folders_of(found.context), **given)
         view.compute = _Compute(raw, computer)
         view.startup_tasks += raw.startup_tasks
         view.shutdown_tasks += [partial(to_thread.run_sync, computer.close), *raw.shutdown_tasks]
@@ -124,14 +125,9 @@ def scans(
         Folders of the documents' paths → where they are mounted here.
     """
     found = from_uri(uri, readable_storage=list(readable_storage), specs=list(specs))
-    reader = FrameReader(roots=Roots(_folders(found)), refresh=False)
+    reader = FrameReader(roots=Roots(folders_of(found.context)), refresh=False)
     settings = _Settings(Preset.choices(preset), reader, root_map)
     return _Scans(found.context, found.node, settings=settings, mount_path=_segments(mount_node))
-
-
-def _folders(found: CatalogContainerAdapter) -> list[Path]:
-    """Return the folders whose files may be read."""
-    return [s.path for s in found.context.readable_storage.values() if type(s) is FileStorage]
 
 
 def _segments(path: str) -> list[str]:
@@ -141,10 +137,16 @@ def _segments(path: str) -> list[str]:
 # ----------------------------------------------------------------------- arrays and runs
 
 
+def _no_stream(self: Any, *_: Any) -> Any:
+    """Refuse those who subscribe: what is new is told by the catalogue behind the view."""
+    raise WebSocketException(1008, "a view: subscribe to the run in the catalogue behind it")
+
+
 class _Array(Adapter[ArrayStructure]):
     """An array that is made, or read, when it is asked for."""
 
     structure_family = StructureFamily.array
+    make_ws_handler = _no_stream
 
     def __init__(
         self,
@@ -226,7 +228,10 @@ class _Array(Adapter[ArrayStructure]):
     async def read_block(self, block: Any, slice: Any = ...) -> NDArray[Any]:
         """Return a slice of a block."""
         values = await self._load(tuple(block.slice_from_chunks(self._structure.chunks)))
-        return values[_index(slice, values.ndim)]
+        try:
+            return values[_index(slice, values.ndim)]
+        except IndexError as error:  # which Tiled would answer by 500
+            raise HTTPException(400, str(error)) from None
 
 
 _slice = slice
@@ -248,6 +253,10 @@ def _index(given: Any, ndim: int) -> Index:
         if item is Ellipsis:
             items[at : at + 1] = [slice(None)] * (ndim + 1 - len(items))
             break
+    if len(items) > ndim:
+        raise HTTPException(422, f"slice has {len(items)} dimensions, the array {ndim}")
+    if any(isinstance(item, slice) and item.step == 0 for item in items):
+        raise HTTPException(422, "slice step cannot be zero")
     items += [slice(None)] * (ndim - len(items))
     return tuple(items)
 
@@ -270,6 +279,7 @@ class _Run(Adapter[ContainerStructure]):
     """One run as arrays; without any where there is a problem, which every request is told."""
 
     structure_family = StructureFamily.container
+    make_ws_handler = _no_stream
 
     def __init__(
         self,
@@ -390,6 +400,8 @@ class _Run(Adapter[ContainerStructure]):
 class _View(CatalogContainerAdapter):
     """A catalogue whose runs are shown otherwise; searched, sorted and paged as it is."""
 
+    make_ws_handler = _no_stream
+
     async def lookup_adapter(self, segments: Sequence[str]) -> Any:
         """Return a run, or an array of one."""
         if not segments:
@@ -445,8 +457,11 @@ class _Kept:
     scans: LRUCache[Any, tuple[float, Scan | str]] = field(
         default_factory=lambda: LRUCache(KEPT_SCANS)
     )
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while something is made that is kept, so that it is made once."""
+    locks: WeakValueDictionary[Any, asyncio.Lock] = field(default_factory=WeakValueDictionary)
+
+    def making(self, key: Any) -> asyncio.Lock:
+        """Return what is held while something is made, so that it is made once."""
+        return self.locks.setdefault(key, asyncio.Lock())
 
 
 @dataclass(frozen=True)
@@ -567,7 +582,8 @@ class _Maps(_View):
     def _array(
         self, run: Any, shape: tuple[int, int], name: str, units: str, column: str = ""
     ) -> _Array:
-        dtype = "i8" if name == "flags" else "f8"
+        # Tiled's web page draws no integers of 8 bytes
+        dtype = "i4" if name == "flags" else "f8"
         load = partial(self._load, run, name, column or name)
         return _Array(run, shape, dtype, ("row", "col"), load, units=units)
 
@@ -588,8 +604,8 @@ class _Maps(_View):
         return maps
 
     async def _load(self, run: Any, name: str, column: str, index: Index) -> NDArray[Any]:
-        maps = await self._maps(run, column)
-        return maps[name].to_numpy()[index]
+        values = (await self._maps(run, column))[name].to_numpy()[index]
+        return values.astype("i4") if name == "flags" else values
 
     async def _maps(self, run: Any, column: str = "") -> xr.Dataset:
         """Return all maps of a closed run; of one that goes on, those of a column if named."""
@@ -601,7 +617,7 @@ class _Maps(_View):
             return await _put_on_grid(run, start, wanted)
         key = (run.node.id, run.node.time_updated)
         if key not in self._kept.maps:
-            async with self._kept.lock:
+            async with self._kept.making(key):
                 if key not in self._kept.maps:
                     maps = await _put_on_grid(run, start, None)
                     if maps.nbytes <= MAPS_BYTES:
@@ -761,7 +777,7 @@ class _Scans(_View):
         found = self._kept.scans.get(key)
         if found is not None and (key[1] or time.monotonic() - found[0] < FRESH_SECONDS):
             return found[1]
-        async with self._kept.lock:
+        async with self._kept.making(key):
             found = self._kept.scans.get(key)
             now = time.monotonic()
             if found is not None and (key[1] or now - found[0] < FRESH_SECONDS):

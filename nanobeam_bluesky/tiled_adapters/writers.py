@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import sys
-import threading
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import httpx
 import pyarrow
 from bluesky_tiled_plugins import TiledWriter
 from bluesky_tiled_plugins.writing.tiled_writer import _RunWriter
 from tiled.client.container import Container
-from tiled.client.context import Context
 from tiled.client.utils import ClientError, retry_context
 
 __all__ = ["derived_writer", "raw_writer"]
@@ -38,7 +35,7 @@ def raw_writer(client: Container, *, backup_directory: Path | str | None = None)
     backup_directory
         Where a run goes, as JSON lines, if Tiled fails during it.
     """
-    return _Writer(
+    return TiledWriter(
         client,
         batch_size=RAW_BATCH,
         patches={"descriptor": _frames_as_stack},
@@ -63,26 +60,7 @@ def derived_writer(client: Container) -> TiledWriter:
     return DerivedWriter(client, normalizer=None)
 
 
-_LOCKS: WeakKeyDictionary[Context, threading.Lock] = WeakKeyDictionary()
-
-
-class _Writer(TiledWriter):
-    """TiledWriter that writes while no other one of the same client does.
-
-    SQLite gives up on a second writer after a while: on a busy disk a raw run lost its stop
-    document to the pages of its derived run.
-    """
-
-    def __init__(self, client: Container, **options: Any) -> None:
-        super().__init__(client, **options)
-        self._lock = _LOCKS.setdefault(client.context, threading.Lock())
-
-    def __call__(self, name: str, doc: Any) -> None:
-        with self._lock:
-            super().__call__(name, doc)
-
-
-class DerivedWriter(_Writer):
+class DerivedWriter(TiledWriter):
     """TiledWriter whose unit of writing is the event page, and that knows what it has.
 
     A run whose start document comes again is continued: what is in Tiled already is not
@@ -96,18 +74,17 @@ class DerivedWriter(_Writer):
 
     def __call__(self, name: str, doc: Any) -> None:
         # not by event-model's RunRouter: to that, a second start document is an error
-        with self._lock:
-            if name == "start":
-                run = doc["uid"]
-                self._runs[run] = _PageRunWriter(self.client, batch_size=sys.maxsize)
-            else:
-                run = doc["run_start"] if "run_start" in doc else self._run_of[doc["descriptor"]]
-                if name == "descriptor":
-                    self._run_of[doc["uid"]] = run
-            self._runs[run](name, doc)
-            if name == "stop":
-                del self._runs[run]
-                self._run_of = {uid: of for uid, of in self._run_of.items() if of != run}
+        if name == "start":
+            run = doc["uid"]
+            self._runs[run] = _PageRunWriter(self.client, batch_size=sys.maxsize)
+        else:
+            run = doc["run_start"] if "run_start" in doc else self._run_of[doc["descriptor"]]
+            if name == "descriptor":
+                self._run_of[doc["uid"]] = run
+        self._runs[run](name, doc)
+        if name == "stop":
+            del self._runs[run]
+            self._run_of = {uid: of for uid, of in self._run_of.items() if of != run}
 
 
 class _PageRunWriter(_RunWriter):

@@ -1,5 +1,6 @@
 """The embedded catalogue: written while a run goes on, read back, opened again, served."""
 
+import asyncio
 import json
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 from event_model import compose_run
+from tiled.catalog.adapter import CatalogContainerAdapter
 from tiled.client import from_uri
 
 from nanobeam_bluesky.callbacks.sink import BackgroundSink
@@ -97,30 +99,33 @@ for name, doc in json.load(sys.stdin):
 """
 
 
-def test_writers_of_one_client_write_one_after_the_other(catalog, derived_documents, monkeypatch):
+def test_requests_that_write_do_so_one_after_the_other(tmp_path, derived_documents, monkeypatch):
     """SQLite gives up on a second writer where the disk is slow, and its run lost a document."""
-    runs = [derived_documents((4, 5), page=5) for _ in range(3)]
-    plain, active, together = writers._PageRunWriter.__call__, [], []
+    plain, active, together = CatalogContainerAdapter.create_node, [], []
 
-    def watched(self, name, doc):
-        active.append(name)
-        plain(self, name, doc)
+    async def watched(self, *args, **options):
+        active.append(self)
+        await asyncio.sleep(0.05)
         together.append(len(active))
-        active.remove(name)
+        found = await plain(self, *args, **options)
+        active.remove(self)
+        return found
 
-    monkeypatch.setattr(writers._PageRunWriter, "__call__", watched)
+    monkeypatch.setattr(CatalogContainerAdapter, "create_node", watched)
 
-    def write(documents):
-        writer = derived_writer(catalog["derived"])
+    def write(url):
+        client = from_uri(url)
+        documents = derived_documents((4, 5), page=5)
+        writer = derived_writer(client["derived"])
         for name, doc in documents:
             writer(name, doc)
+        rows = len(client["derived"][documents[0][1]["uid"]]["primary"].base["internal"].read())
+        client.context.close()
+        return rows
 
-    with ThreadPoolExecutor(len(runs)) as pool:
-        list(pool.map(write, runs))
+    with serve(tmp_path) as url, ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(write, [url] * 3)) == [20] * 3
     assert set(together) == {1}
-    for documents in runs:
-        run = catalog["derived"][documents[0][1]["uid"]]
-        assert len(run["primary"].base["internal"].read()) == 20
 
 
 def test_second_process_reads_the_folder_and_its_exit_writes_what_is_queued(

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import h5py
 import httpx
 import numpy as np
+import obstore
 import pytest
 import tifffile
 import xarray as xr
+import zarr
 from event_model import compose_resource, compose_run
 from tiled.client import from_uri
 from tiled.client.utils import ClientError
@@ -302,6 +304,23 @@ def test_any_slice_of_frames_and_patterns_is_that_of_the_whole(server, index):
     scan = server.client["scans"][server.uids["snaked"]]
     np.testing.assert_array_equal(scan["frames"][index], grid(FRAMES)[index])
     np.testing.assert_array_equal(scan["patterns"][index], grid(patterns(FRAMES))[index])
+
+
+@pytest.mark.parametrize("name", ["snaked", "plain", "short", "running"])
+@pytest.mark.parametrize("version", [2, 3])
+def test_zarr_clients_read_the_same(server, name, version):
+    base, _, key = server.url.partition("?api_key=")
+    options = {"allow_http": True, "default_headers": {"Authorization": f"Apikey {key}"}}
+    scan = f"{base}/zarr/v{version}/scans/{server.uids[name]}"
+    store = zarr.storage.ObjectStore(
+        obstore.store.HTTPStore.from_url(scan, client_options=options), read_only=True
+    )
+    n, snake = {"short": 13, "running": 8}.get(name, POINTS), name != "plain"
+    frames = zarr.open_array(store, path="frames", mode="r", zarr_format=version)
+    np.testing.assert_array_equal(frames[:], grid(FRAMES[:n], snake=snake))
+    expected = grid(patterns(FRAMES[:n]), snake=snake, blank=np.nan)
+    cut = zarr.open_array(store, path="patterns", mode="r", zarr_format=version)
+    np.testing.assert_array_equal(cut[1:, 2:], expected[1:, 2:])
 
 
 def test_scan_can_be_followed(server):

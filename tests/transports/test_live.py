@@ -21,7 +21,7 @@ from nanobeam_bluesky.callbacks import BackgroundSink, NanobeamCallback
 from nanobeam_bluesky.cli import _to_toml, app
 from nanobeam_bluesky.live import LiveOptions, run_live
 from nanobeam_bluesky.sim import EmbeddedSXDM, SimulatedSXDM, phantom, sxdm_fly
-from nanobeam_bluesky.tiled_adapters import catalog, raw_writer, serve, writers
+from nanobeam_bluesky.tiled_adapters import raw_writer, serve, writers
 from nanobeam_bluesky.transports import ZMQSource, to_msgpack
 
 SAMPLE = phantom("unique", (4, 5))
@@ -133,10 +133,7 @@ def test_a_scan_of_another_process_is_mapped_shown_measured_and_published(
 
 @pytest.fixture
 def tiled(tmp_path, monkeypatch):
-    """A server that streams: its address, and a client."""
-    build = catalog.build_app_from_config
-    streaming = {"streaming_cache": {"uri": "memory"}}
-    monkeypatch.setattr(catalog, "build_app_from_config", lambda config: build(config | streaming))
+    """A server: its address, and a client."""
     monkeypatch.setattr(writers, "RAW_BATCH", 8)
     with serve(tmp_path) as url:
         client = from_uri(url)
