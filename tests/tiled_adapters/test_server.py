@@ -371,7 +371,7 @@ def browser():
 def test_the_web_page_lists_runs_and_draws_maps(server, browser, derived_documents, tmp_path):
     shape = 6, 7
     flags, strain = np.zeros(shape, int), np.arange(42.0).reshape(shape) ** 2 * 1e-5
-    flags[2, 3], strain[2, 3] = 32, np.nan
+    flags[2], strain[2] = 32, np.nan  # of fewer, the page would take the logarithm
     documents = derived_documents(shape, change={"flags": flags, "strain": strain})
     write = derived_writer(server.client["derived"])
     for name, doc in documents:
