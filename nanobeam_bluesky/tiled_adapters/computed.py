@@ -108,7 +108,7 @@ class Computer:
             if time.monotonic() - failed < AGAIN_SECONDS:
                 raise UnreadableError(reason)
             if len(self._jobs) >= WAITING:
-                raise BusyError(f"{len(self._jobs)} scans wait to be analysed")
+                raise BusyError(f"{len(self._jobs)} scans wait to be analysed, no more can")
             self._jobs[path] = self._executor.submit(self._compute, path, documents)
             return None
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
+import threading
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
 from anyio import to_thread
+from cachetools import LRUCache, cached
 from fastapi import HTTPException
 from numpy.typing import NDArray
 from tiled.utils import UnsupportedShape, parse_mimetype
@@ -30,6 +32,10 @@ __all__ = [
     "png",
     "scan_nexus",
 ]
+
+
+PICTURES_BYTES = 32_000_000
+"""Pictures that are kept."""
 
 
 # ---------------------------------------------------------------------------- pictures
@@ -112,9 +118,25 @@ def _choice(key: str, value: str, choices: Mapping[str, bool]) -> bool:
 
 async def _drawn(image: xr.DataArray | xr.Dataset, **options: Any) -> bytes:
     try:
-        return await to_thread.run_sync(partial(export.to_png, image, **options))
+        return await to_thread.run_sync(_picture, image, options)
     except ValueError as error:
         raise HTTPException(400, str(error)) from None
+
+
+def _identity(image: xr.DataArray | xr.Dataset, options: Mapping[str, Any]) -> bytes:
+    """Tell pictures apart by all that is in them."""
+    found = hashlib.blake2b(repr((image.attrs, sorted(options.items()))).encode())
+    images = image.data_vars if isinstance(image, xr.Dataset) else {image.name: image}
+    for name, variable in {**images, **image.coords}.items():
+        found.update(repr((name, variable.dims, variable.dtype, variable.attrs)).encode())
+        found.update(np.ascontiguousarray(variable.to_numpy()).data)
+    return found.digest()
+
+
+# drawing takes half a second, and many may ask for the same
+@cached(LRUCache(PICTURES_BYTES, getsizeof=len), key=_identity, lock=threading.Lock())
+def _picture(image: xr.DataArray | xr.Dataset, options: Mapping[str, Any]) -> bytes:
+    return export.to_png(image, **options)
 
 
 # ------------------------------------------------------------------------------- maps

@@ -193,3 +193,17 @@ def test_frames_that_no_answer_holds_are_left_out_and_the_file_says_so(get, monk
     answer = get("scans", "scan", format="h5", field="frames")
     assert answer.status_code == 400
     assert "ask for slices" in answer.text
+
+
+def test_a_picture_is_drawn_once_for_all_who_ask_and_anew_for_other_values(get, monkeypatch):
+    drawn = []
+    draw = exporters.export.to_png
+    monkeypatch.setattr(
+        exporters.export, "to_png", lambda *a, **k: drawn.append(k) or draw(*a, **k)
+    )
+    first, again, other, third = (
+        content(get("maps", "maps", name, format=f"image/png;cmap={cmap}"))
+        for name, cmap in [("omega", "cividis")] * 2 + [("omega", "gray"), ("chi", "cividis")]
+    )
+    assert first == again and len({first, other, third}) == 3
+    assert len(drawn) == 3
