@@ -179,11 +179,11 @@ def _axes(maps: xr.Dataset) -> list[tuple[str, str]]:
         axis = next((c for c in maps.coords.values() if c.dims == (dim,) and c.name != dim), None)
         if axis is None:
             continue
-        unit = str(axis.attrs.get("units", ""))
+        unit = f" {axis.attrs['units']}" if axis.attrs.get("units") else ""
         first, last, n = float(axis[0]), float(axis[-1]), axis.size
-        text = f"{_text(axis.name)}: {first:.6g} to {last:.6g} {unit}"
+        text = f"{_text(axis.name)}: {first:.6g} to {last:.6g}{unit}"
         if n > 1:
-            text += f", step {abs(last - first) / (n - 1):.4g} {unit}"
+            text += f", step {abs(last - first) / (n - 1):.4g}{unit}"
         found.append((what.capitalize(), text))
     return found
 
