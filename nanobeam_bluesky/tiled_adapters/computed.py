@@ -99,10 +99,8 @@ class Computer:
             if path.exists():
                 os.utime(path)
                 return path
-            job = self._jobs.get(path)
-            if job is not None and job.done():
-                del self._jobs[path]
-            elif job is not None:
+            self._jobs = {p: job for p, job in self._jobs.items() if not job.done()}
+            if path in self._jobs:
                 return None
             failed, reason = self._failed.get(path, (-np.inf, ""))
             if time.monotonic() - failed < AGAIN_SECONDS:
@@ -208,6 +206,8 @@ def main() -> None:
             roots=Roots(settings["roots"]),
         )
     )
+    if not derived:
+        sys.exit(f"preset {settings['preset']!r} does not match the run")
     (_, start), (_, stop) = derived[0], derived[-1]
     if "shape" not in start:
         sys.exit(str(stop.get("reason")))

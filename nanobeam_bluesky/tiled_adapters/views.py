@@ -83,9 +83,10 @@ def maps(
     specs
         Of the tree itself.
     compute
-        Where the uid of a raw run is asked for, show its newest derived run; if there is none,
-        analyse it, in a process of its own, one run at a time. Its "folder" keeps what comes out;
-        "mount_node" ("raw"), "preset" and "root_map" are as for `scans`.
+        Where the uid of a raw run is asked for, show its newest complete derived run, else its
+        newest; if there is none, analyse it, in a process of its own, one run at a time. Its
+        "folder" keeps what comes out; "mount_node" ("raw"), "preset" and "root_map" are as for
+        `scans`.
     """
     found = from_uri(uri, readable_storage=list(readable_storage), specs=list(specs))
     view = _Maps(found.context, found.node, mount_path=_segments(mount_node))
@@ -526,8 +527,9 @@ class _Maps(_View):
         view = self.compute.raw.new_variation(**limits)
         raw = await CatalogContainerAdapter.lookup_adapter(view, [uid])
         derived = self.search(Eq("start.original_run_uid", uid)).sort([("start.time", -1)])
-        for _, run in await CatalogContainerAdapter.items_range(derived, 0, 1):
-            return await self._opened(run)
+        for found in (derived.search(Eq("stop.exit_status", "success")), derived):
+            for _, run in await CatalogContainerAdapter.items_range(found, 0, 1):
+                return await self._opened(run)
         metadata = raw.metadata()
         if not metadata.get("stop"):
             problem = "no derived run yet, and it still goes on"
@@ -546,7 +548,9 @@ class _Maps(_View):
                 return _Run(raw, {}, metadata={"computing": True}, specs=[_MAPS])
             run = self._kept.computed.get(path)
             if run is None:
-                run = self._kept.computed[path] = await to_thread.run_sync(_kept_on, path, raw)
+                run = await to_thread.run_sync(_kept_on, path, raw)
+                if run.maps.nbytes <= MAPS_BYTES:
+                    self._kept.computed[path] = run
         except (GeometryError, UnreadableError) as error:
             return _Run(raw, {}, metadata={"problem": str(error)}, specs=[_MAPS])
         except BusyError as error:

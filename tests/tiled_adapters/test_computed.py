@@ -12,6 +12,7 @@ from tiled.client import from_uri
 
 from nanobeam_bluesky.callbacks import NanobeamCallback
 from nanobeam_bluesky.documents import to_maps
+from nanobeam_bluesky.documents.derived_run import failed_run
 from nanobeam_bluesky.geometry import Geometry
 from nanobeam_bluesky.sim import SimulatedSXDM, phantom, sxdm_fly
 from nanobeam_bluesky.tiled_adapters import computed, derived_writer, raw_writer, serve
@@ -102,6 +103,9 @@ def test_maps_of_a_raw_run_are_those_of_the_live_path_made_once_and_then_a_recor
     write = derived_writer(served.client["derived"])
     for document in derived:
         write(*document)
+    start, stop = failed_run(documents[0][1], "tried again, in vain")
+    for document in (start, stop):
+        write(*document)
     recorded = served.client["maps"][uid(documents)]
     assert recorded.metadata["start"]["uid"] == uid(derived)
     assert "computed" not in recorded.metadata
@@ -141,6 +145,7 @@ def test_files_elsewhere_are_refused_where_they_are_read_and_what_is_oldest_make
     tmp_path, tmp_path_factory, computer, monkeypatch
 ):
     monkeypatch.setattr(computed, "KEPT_RUNS", 1)
+    monkeypatch.setattr(computed, "WAITING", 1)
     older = tmp_path / "kept" / "older.jsonl"
     older.touch()
     documents = fly(tmp_path_factory.mktemp("elsewhere"))
@@ -150,6 +155,8 @@ def test_files_elsewhere_are_refused_where_they_are_read_and_what_is_oldest_make
     assert "outside the folders" in path.read_text()
     assert computer.result(documents) == path
     assert list(older.parent.iterdir()) == [path]
+    # what is done waits no more
+    assert computer.result([("start", {"uid": "a"}), ("stop", {})]) is None
 
 
 def test_only_so_many_runs_may_wait(computer, monkeypatch):
@@ -161,7 +168,7 @@ def test_only_so_many_runs_may_wait(computer, monkeypatch):
 
 def test_a_process_that_fails_is_not_begun_again_at_once(computer):
     documents = [("start", {"uid": "a", "shape": [1, 1]}), ("stop", {"uid": "b"})]
-    with pytest.raises(UnreadableError, match="not analysed"):
+    with pytest.raises(UnreadableError, match="not analysed: preset 'auto' does not match"):
         wait(computer, documents)
     with pytest.raises(UnreadableError, match="not analysed"):
         computer.result(documents)
