@@ -593,7 +593,7 @@ def _profile(
                     light += mask[y, x] * pattern[0, x, y]
             out[i, j] = np.inf
             background = values[i, _BACKGROUND]
-            if light <= 0:
+            if not light > 0:  # nor where it is not a number
                 continue
             scale = max((total - background * pixels) / light, 0.1 * total / light)
             floor = max(background, _FAINT * scale)
