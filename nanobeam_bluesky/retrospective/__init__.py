@@ -1,0 +1,1 @@
+"""Stored runs: found by queries or made of plain files, analysed, compared and combined."""
