@@ -29,8 +29,9 @@ from nanobeam_bluesky.documents import (
     to_maps,
 )
 from nanobeam_bluesky.documents.pipeline import Earlier
+from nanobeam_bluesky.documents.processing import Method, MissingModel
 from nanobeam_bluesky.geometry import ROI, Geometry, GeometryError
-from nanobeam_bluesky.models import Estimates, Flag
+from nanobeam_bluesky.models import DEFAULT_FIT, Estimates, Flag
 from nanobeam_bluesky.physics import forward
 from nanobeam_bluesky.presets import Preset
 from nanobeam_bluesky.retrospective.executors import Cluster, Pool, Threads, Workers
@@ -42,7 +43,7 @@ from nanobeam_bluesky.retrospective.runs import (
     find_catalog,
     raw_runs,
 )
-from nanobeam_bluesky.tiled_adapters import derived_writer
+from nanobeam_bluesky.tiled_adapters import derived_writer, open_catalog
 from nanobeam_bluesky.tiled_adapters.scans import UnreadableError
 
 __all__ = ["Analysis", "analyze"]
@@ -110,9 +111,13 @@ def analyze(
     *,
     catalog: Container | str | Path | None = None,
     to: Container | str | Path | None = None,
+    analyzer: Method = "auto",
     preset: Preset | str | Path = "auto",
-    choice: AnalyzerChoice | None = None,
     roi: ROI | None = None,
+    on_missing_model: MissingModel = "universal",
+    fit: Sequence[str] = DEFAULT_FIT,
+    calibrate: bool = False,
+    device: str = "auto",
     root_map: Mapping[str, str] | None = None,
     redo: bool = False,
     dry_run: bool = False,
@@ -130,13 +135,12 @@ def analyze(
     catalog
         Where uids are looked up: a catalogue, or what `find_catalog` takes.
     to
-        The catalogue of derived runs to search for what was done, and to write to. By default
-        ``derived`` beside the catalogue of the raw run; documents of runs that lie in none are
-        returned in `Analysis.documents`.
-    preset, roi, root_map
-        As for `NanobeamCallback`; "auto" takes the first shipped preset that matches.
-    choice
-        Which estimator to use.
+        The catalogue of derived runs to search for what was done, and to write to: a client, the
+        address of a server, or a folder, which is made if missing. By default ``derived`` beside
+        the catalogue of the raw run; documents of runs that lie in none are returned in
+        `Analysis.documents`.
+    analyzer, preset, roi, on_missing_model, fit, calibrate, device, root_map
+        As for `NanobeamCallback`; the preset "auto" is the first shipped one that matches.
     redo
         Whether to analyse what was analysed before.
     dry_run
@@ -160,9 +164,10 @@ def analyze(
     ConnectionError
         If there is no such cluster.
     """
+    choice = AnalyzerChoice(analyzer, on_missing_model, tuple(fit), calibrate, device)
     presets = Preset.choices(preset)
     where = find_catalog(catalog) if isinstance(catalog, str | Path) else catalog
-    target = find_catalog(to) if isinstance(to, str | Path) else to
+    target = _writable(to) if isinstance(to, str | Path) else to
     if workers is not None and scheduler is not None:
         raise ValueError("give either workers or scheduler")
     pool: Pool = (
@@ -179,6 +184,10 @@ def analyze(
         yield from session.work(raw_runs(runs, where))
     finally:
         session.end()
+
+
+def _writable(to: str | Path) -> Container:
+    return find_catalog(to) if "://" in str(to) else open_catalog(to)
 
 
 @dataclass
@@ -244,7 +253,7 @@ class _Session:
     pool: Pool
     presets: Sequence[Preset]
     target: Container | None
-    choice: AnalyzerChoice | None
+    choice: AnalyzerChoice
     roi: ROI | None
     root_map: Mapping[str, str]
     redo: bool
@@ -399,7 +408,7 @@ class _Session:
         """Return how long a pattern takes on one core, s, as measured with simulated ones."""
         fingerprint = geometry.fingerprint()
         if fingerprint not in self.costs:
-            analyzer = (self.choice or AnalyzerChoice()).build(geometry)
+            analyzer = self.choice.build(geometry)
             rng = np.random.default_rng(0)
             strain, omega, chi = (
                 rng.uniform(-0.5, 0.5, _TRIED) * analyzer.ranges[k]
