@@ -27,6 +27,7 @@ from tiled.server.settings import get_settings
 
 from nanobeam_bluesky.documents.roots import Roots
 from nanobeam_bluesky.tiled_adapters.confined import Confined, folders_of
+from nanobeam_bluesky.tiled_adapters.stacks import STACKS
 
 __all__ = [
     "MEDIA_TYPES",
@@ -131,6 +132,7 @@ def configuration(
     readable = [str(folder / "frames"), *(str(Path(p).resolve()) for p in readable_storage)]
     runs = {"uri": f"sqlite:///{catalog}", "specs": [_RUNS]}
     stored = runs | {"writable_storage": writable, "readable_storage": readable}
+    stored |= {"adapters_by_mimetype": STACKS}
     viewed = runs | {"readable_storage": [*readable, *writable]}
     mapped: dict[str, Any] = {"root_map": dict(root_map)} if root_map else {}
     computed = {"compute": {"folder": str(folder / "computed")} | mapped} if compute else {}
