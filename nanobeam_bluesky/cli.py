@@ -267,6 +267,68 @@ def calibrate(
 
 
 @app.command()
+def ingest(
+    files: Annotated[
+        list[str], typer.Argument(help="HDF5, NeXus, .npy or .mda files, folders of TIFF files.")
+    ],
+    to: Annotated[
+        str, typer.Option(help="Where the runs go: a folder, or the address of a Tiled server.")
+    ],
+    geometry: Annotated[
+        Path, typer.Option(help="Geometry (TOML, the names of the nanobeam block).")
+    ],
+    shape: Annotated[
+        str | None,
+        typer.Option(help="Rows and columns of the scan, such as 165,165."),
+    ] = None,
+    snake: Annotated[
+        bool | None, typer.Option("--snake/--no-snake", help="Every second row is flown backwards.")
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="The frames in an HDF5 file.")] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="Of the files, if it is not recognised: aps26id, bliss, …")
+    ] = None,
+) -> None:
+    """Make files of a beamline without Bluesky runs, which point to them; nothing is copied."""
+    try:
+        values = tomllib.loads(geometry.read_text("utf-8"))
+        parts = None if shape is None else [int(part) for part in shape.split(",")]
+        if parts is not None and (len(parts) != 2 or min(parts) < 1):
+            raise ValueError("expected two numbers")
+    except tomllib.TOMLDecodeError as error:
+        _stop(f"{geometry}: {error}", code=2)
+    except OSError as error:
+        _stop(str(error), code=2)
+    except ValueError as error:
+        _stop(f"--shape {shape}: expected rows and columns, such as 165,165: {error}", code=2)
+    try:
+        from nanobeam_bluesky.retrospective import ingest as record
+    except ImportError as error:
+        _stop(f"{error}: nanobeam ingest needs pip install 'nanobeam-bluesky[tiled]'", code=2)
+    failed = False
+    try:
+        for one in record(
+            files,
+            values.get("nanobeam", values),
+            to=to,
+            shape=None if parts is None else (parts[0], parts[1]),
+            snake=snake,
+            dataset=dataset,
+            layout=layout,
+        ):
+            notes = "; ".join(one.notes)
+            if one.status == "failed":
+                failed = True
+                errors.print(f"{one.file}: {notes}", style="red", markup=False, soft_wrap=True)
+            else:
+                there = "was there already" if one.status == "there" else f"{one.points} points"
+                _say(f"{one.file}: {one.layout}, run {one.uid}, {there}{notes and '; ' + notes}")
+    except (OSError, RuntimeError) as error:
+        _stop(f"{to}: {error}", code=1)
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
 def check(
     run: Annotated[
         str,

@@ -74,8 +74,8 @@ def ingest(
         Values of the ``nanobeam`` block, such as those of a TOML file. What it lacks is taken
         from the file, if that says it.
     to
-        A catalogue of runs, or a Tiled client that has one as "raw": of `open_catalog`, or of
-        ``tiled.client.from_uri``.
+        A folder as of `open_catalog`, the address of a Tiled server, or a Tiled client. The runs
+        go to its catalogue "raw", or to itself if it has none.
     shape
         Rows and columns of the scan, where files do not tell.
     snake
@@ -93,10 +93,11 @@ def ingest(
     """
     from nanobeam_bluesky.tiled_adapters.writers import whole_run_writer
 
-    catalog = to.get("raw", to)
-    for file in files:
-        given = str(file)
-        path = Path(os.path.abspath(given))
+    files = [str(file) for file in files]
+    client = _connected(to, files)
+    catalog = client.get("raw", client)
+    for given in files:
+        path = Path(os.path.realpath(given) if os.path.islink(given) else os.path.abspath(given))
         try:
             name, scans = find_scans(path, Options(shape, dataset), layout)
         except (OSError, ValueError) as error:
@@ -159,7 +160,8 @@ def documents_of(
         "ingest": {"file": str(path), "layout": layout},
     }
     status = os.stat(path)
-    start |= {"time": status.st_mtime} | dict(scan.metadata)
+    number = re.findall(r"\d+", path.stem) or ["0"]
+    start |= {"time": status.st_mtime, "scan_id": int(number[-1][-9:])} | dict(scan.metadata)
     if motors is not None:
         names = [m.name for m in motors]
         start |= {
@@ -180,7 +182,9 @@ def _compose(
     start: dict[str, Any], uid: str, scan: PlainScan, motors: tuple[Motor, Motor] | None
 ) -> list[Document]:
     begun = start["time"]
-    run = compose_run(uid=uid, time=begun, metadata={k: v for k, v in start.items() if k != "time"})
+    run: Any = compose_run(
+        uid=uid, time=begun, metadata={k: v for k, v in start.items() if k != "time"}
+    )
     first = scan.frames[0]
     keys: dict[str, Any] = {
         KEY: {
@@ -199,7 +203,7 @@ def _compose(
             "shape": [],
             "units": motor.units,
         } | ({"external": "STREAM:"} if motor.dataset else {})
-    stream = run.compose_descriptor(
+    stream: Any = run.compose_descriptor(
         name="primary", data_keys=keys, object_keys={key: [key] for key in keys}
     )
     documents: list[Document] = [("start", run.start_doc), ("descriptor", stream.descriptor_doc)]
@@ -243,6 +247,25 @@ def _compose(
         documents.append(("event_page", page))
     stop = run.compose_stop(time=begun) | {"num_events": {"primary": scan.count}}
     return [*documents, ("stop", stop)]
+
+
+def folders_of(files: Iterable[str | Path]) -> list[str]:
+    """Return the folders that a server needs as ``readable_storage`` to read files."""
+    paths = [os.path.realpath(file) for file in files]
+    return sorted({path if os.path.isdir(path) else os.path.dirname(path) for path in paths})
+
+
+def _connected(to: Any, files: Sequence[str]) -> Any:
+    """Return a Tiled client."""
+    if not isinstance(to, str | Path):
+        return to
+    if "://" in str(to):
+        from tiled.client import from_uri
+
+        return from_uri(str(to))
+    from nanobeam_bluesky.tiled_adapters import open_catalog
+
+    return open_catalog(to, readable_storage=folders_of(files))
 
 
 # --------------------------------------------------------------------------- checks

@@ -131,8 +131,8 @@ def configuration(
     writable = [str(folder / "arrays"), f"sqlite:///{folder / 'tables.db'}"]
     readable = [str(folder / "frames"), *(str(Path(p).resolve()) for p in readable_storage)]
     runs = {"uri": f"sqlite:///{catalog}", "specs": [_RUNS]}
-    stored = runs | {"writable_storage": writable, "readable_storage": readable}
-    stored |= {"adapters_by_mimetype": STACKS}
+    stored: dict[str, Any] = runs | {"writable_storage": writable, "readable_storage": readable}
+    stored["adapters_by_mimetype"] = STACKS
     viewed = runs | {"readable_storage": [*readable, *writable]}
     mapped: dict[str, Any] = {"root_map": dict(root_map)} if root_map else {}
     computed = {"compute": {"folder": str(folder / "computed")} | mapped} if compute else {}

@@ -23,9 +23,7 @@ from nanobeam_bluesky.geometry import ROI
 
 __all__ = ["STACKS", "FrameStack"]
 
-STACKS = {
-    kind: "nanobeam_bluesky.tiled_adapters.stacks:FrameStack" for kind in (NPY, NUMBERED_TIFF)
-}
+STACKS = dict.fromkeys((NPY, NUMBERED_TIFF), f"{__name__}:FrameStack")
 """``adapters_by_mimetype`` of a catalogue in Tiled's configuration."""
 BLOCK_BYTES = 4_000_000
 
@@ -108,10 +106,8 @@ class _Consolidator(ConsolidatorBase):
 
     def adapter_parameters(self) -> dict[str, Any]:
         """Return what says which file has which frame."""
-        names = ("template", "first", "chunk_shape")
-        return {
-            name: self._sres_parameters[name] for name in names if name in self._sres_parameters
-        }
+        given = self._sres_parameters
+        return {n: given[n] for n in ("template", "first", "chunk_shape") if n in given}
 
 
 CONSOLIDATOR_REGISTRY.update(dict.fromkeys(_Consolidator.supported_mimetypes, _Consolidator))

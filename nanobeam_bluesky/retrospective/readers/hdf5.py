@@ -133,8 +133,7 @@ def read_nanomax(path: Path, options: Options) -> Iterable[PlainScan] | None:
         names = [
             f"{measurement.name}/{key}/frames"
             for key in measurement
-            if isinstance(measurement.get(key), h5py.Group)
-            and _frames_at(measurement[key], "frames")
+            if _frames_at(measurement, f"{key}/frames")
         ]
         if not names:
             return None
@@ -214,8 +213,8 @@ def stored_frames(
 
 def _chunk(dataset: h5py.Dataset) -> int:
     """How many frames Tiled's clients shall ask for at once: some 4 MB, and whole chunks."""
-    least = dataset.chunks[0] if dataset.chunks and dataset.ndim == 3 else 1
-    frame = dataset.dtype.itemsize * math.prod(dataset.shape[-2:])
+    least = int(dataset.chunks[0]) if dataset.chunks and dataset.ndim == 3 else 1
+    frame: int = dataset.dtype.itemsize * math.prod(dataset.shape[-2:])
     return least * max(1, 4_000_000 // (frame * least))
 
 

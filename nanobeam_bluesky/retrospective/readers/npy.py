@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,7 +18,7 @@ def read_npy(path: Path, options: Options) -> Iterable[PlainScan] | None:
     if path.suffix.lower() != ".npy":
         return None
     try:
-        stack, shape = open_npy(os.path.realpath(path))
+        stack, shape = open_npy(str(path))
     except (NeverError, NotYetError) as error:
         raise ValueError(str(error)) from None
     count = math.prod(shape[:-2])

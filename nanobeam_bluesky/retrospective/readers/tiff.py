@@ -82,7 +82,7 @@ def _images(path: Path) -> Path:
     if not number:
         raise ValueError("expected the scan's number in its name, such as 0123.mda")
     names = dict.fromkeys((number[-1], str(int(number[-1]))))
-    places = [
+    places: list[Path] = [
         parent / images / name
         for parent in (path.parent, path.parent.parent)
         for images in ("images", "Images")
