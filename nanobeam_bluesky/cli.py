@@ -284,6 +284,9 @@ def ingest(
     snake: Annotated[
         bool | None, typer.Option("--snake/--no-snake", help="Every second row is flown backwards.")
     ] = None,
+    interrupted: Annotated[
+        bool, typer.Option("--interrupted", help="Files may have fewer frames than --shape.")
+    ] = False,
     dataset: Annotated[str | None, typer.Option(help="The frames in an HDF5 file.")] = None,
     layout: Annotated[
         str | None, typer.Option(help="Of the files, if it is not recognised: aps26id, bliss, …")
@@ -313,6 +316,7 @@ def ingest(
             to=to,
             shape=None if parts is None else (parts[0], parts[1]),
             snake=snake,
+            interrupted=interrupted,
             dataset=dataset,
             layout=layout,
         ):

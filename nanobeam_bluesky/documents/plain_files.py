@@ -44,8 +44,9 @@ def frame_datasets(
     seen: set[Any] = set()
 
     def walk(here: h5py.Group, path: str, depth: int) -> Iterator[str]:
-        for key in here:
-            if not links and not isinstance(here.get(key, getlink=True), h5py.HardLink):
+        hard = {k: isinstance(here.get(k, getlink=True), h5py.HardLink) for k in here}
+        for key in sorted(hard, key=lambda k: not hard[k]):  # what is there by its own name first
+            if not (links or hard[key]):
                 continue
             try:
                 item = here[key]

@@ -22,6 +22,7 @@ from nanobeam_bluesky.documents import Document
 from nanobeam_bluesky.documents.plain_files import KEY
 from nanobeam_bluesky.documents.resources import Resource
 from nanobeam_bluesky.geometry import GeometryError
+from nanobeam_bluesky.models import Estimates
 from nanobeam_bluesky.presets import Preset
 from nanobeam_bluesky.retrospective.readers import Motor, Options, PlainScan, find_scans
 
@@ -34,6 +35,10 @@ _ALTERNATIVES = {
     "energy_keV": {"energy_keV", "wavelength_angstrom"},
     "wavelength_angstrom": {"energy_keV", "wavelength_angstrom"},
 }
+
+
+_TAKEN = {*Estimates.UNITS, "row", "col", "time", "seq_num", KEY}
+"""Keys of the raw and of the derived run that no motor can have."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ def ingest(
     to: Any,
     shape: tuple[int, int] | None = None,
     snake: bool | None = None,
+    interrupted: bool = False,
     dataset: str | None = None,
     layout: str | None = None,
 ) -> Iterator[Ingested]:
@@ -80,6 +86,8 @@ def ingest(
         Rows and columns of the scan, where files do not tell.
     snake
         Whether every second row is flown backwards. If None, as the positions say; not without.
+    interrupted
+        Whether scans may have fewer points than `shape`, the last ones lacking.
     dataset
         The frames in an HDF5 file, where there are several.
     layout
@@ -105,7 +113,9 @@ def ingest(
             continue
         for scan in scans:
             try:
-                documents = documents_of(scan, geometry, path, name, shape=shape, snake=snake)
+                documents = documents_of(
+                    scan, geometry, path, name, shape=shape, snake=snake, interrupted=interrupted
+                )
                 uid = documents[0][1]["uid"]
                 status: Literal["new", "there"] = "new"
                 known = catalog.get(uid)
@@ -131,6 +141,7 @@ def documents_of(
     *,
     shape: tuple[int, int] | None = None,
     snake: bool | None = None,
+    interrupted: bool = False,
 ) -> list[Document]:
     """Compose the run of a scan.
 
@@ -143,9 +154,7 @@ def documents_of(
     """
     if not scan.count:
         raise ValueError("no frames in it")
-    shape = shape or scan.shape
-    _check_shape(shape, scan.count)
-    assert shape is not None
+    shape = _checked_shape(shape, scan, interrupted)
     motors = _positions(scan.motors, scan.count)
     snaking = scan.snaking if snake is None else snake
     if snaking is None:
@@ -271,21 +280,30 @@ def _connected(to: Any, files: Sequence[str]) -> Any:
 # --------------------------------------------------------------------------- checks
 
 
-def _check_shape(shape: tuple[int, int] | None, count: int) -> None:
-    """Raise ValueError unless so many frames fill the rows, the last one perhaps in part."""
+def _checked_shape(
+    given: tuple[int, int] | None, scan: PlainScan, interrupted: bool
+) -> tuple[int, int]:
+    """Return rows and columns.
+
+    Raises
+    ------
+    ValueError
+        If there are more frames than points; or fewer, and neither the file nor the user says so.
+    """
+    shape, count = given or scan.shape, scan.count
+    if shape is not None and count < shape[0] * shape[1]:
+        if interrupted or shape == scan.shape:
+            return shape
     fitting = [(n, count // n) for n in range(math.isqrt(count), 0, -1) if count % n == 0]
     fit = ", ".join(f"{a},{b}" for a, b in fitting[:3])
     if shape is None:
         raise ValueError(
             f"{count} frames, and how many rows and columns is not said: --shape {fit}"
         )
-    rows, columns = shape
-    if not (rows - 1) * columns < count <= rows * columns:
-        more = f", or {-(-count // columns)},{columns} with the last row in part"
-        raise ValueError(
-            f"{count} frames, and {rows} × {columns} points: would fit {fit}"
-            + (more if count % columns else "")
-        )
+    if count != shape[0] * shape[1]:
+        fewer = "; --interrupted if the scan was" if count < shape[0] * shape[1] else ""
+        raise ValueError(f"{count} frames, {shape[0]} × {shape[1]} points: {fit} would fit{fewer}")
+    return shape
 
 
 def _block(scan: PlainScan, geometry: Mapping[str, Any]) -> dict[str, Any]:
@@ -315,15 +333,21 @@ def _check_geometry(start: Mapping[str, Any], scan: PlainScan) -> None:
 
 
 def _positions(motors: tuple[Motor, Motor] | None, count: int) -> tuple[Motor, Motor] | None:
-    """Return the motors with a position for each frame, NaN where there is none."""
+    """Return the motors with a position for each frame, NaN where there is none.
+
+    Their names become data keys, which databases take for columns.
+    """
     if motors is None:
         return None
     full = []
     for motor in motors:
         values = np.full(count, np.nan)
         values[: min(count, len(motor.values))] = motor.values[:count]
-        full.append(Motor(motor.name, values, motor.units, motor.dataset))
-    return full[0], full[1]
+        name = re.sub(r"\W", "_", motor.name, flags=re.ASCII)
+        if not name[:1].isalpha() or name in _TAKEN:
+            name = f"motor_{name}"
+        full.append(Motor(name, values, motor.units, motor.dataset))
+    return None if full[0].name == full[1].name else (full[0], full[1])
 
 
 def _snakes(fast: NDArray[np.float64], shape: tuple[int, int]) -> bool:

@@ -140,11 +140,11 @@ def read_nanomax(path: Path, options: Options) -> Iterable[PlainScan] | None:
         frames, _ = stored_frames(file, [options.dataset] if options.dataset else names)
         count = sum(f.count for f in frames)
         command = text(file.get("entry/description"))
-        axes = re.findall(r"([A-Za-z_]\w*)\s+(?:\S+)\s+(?:\S+)\s+(\d+)\b", command)
         shape, motors = None, None
-        if len(axes) >= 2:
-            (fast, columns), (slow, rows) = axes[:2]
-            shape = (int(rows) + 1, int(columns) + 1)
+        words = command.split()  # command, fast motor, first, last, steps, slow motor, …
+        if len(words) > 8 and words[4].isdecimal() and words[8].isdecimal():
+            fast, slow = words[1], words[5]
+            shape = (int(words[8]) + 1, int(words[4]) + 1)
             motors = _nanomax_motors(measurement, (slow, fast), path, count)
     return [PlainScan(path.stem, frames, shape, motors=motors, metadata=titles(command))]
 

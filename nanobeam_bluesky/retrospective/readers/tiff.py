@@ -97,17 +97,12 @@ def _images(path: Path) -> Path:
 def _motors(mda: MDA) -> tuple[Motor, Motor] | None:
     if None in mda.positioners:
         return None
-    motors = [
-        Motor(_key(p.name), p.values.ravel()[: mda.points], p.unit) for p in mda.positioners if p
-    ]
-    if motors[0].name == motors[1].name:
-        return None
-    return motors[0], motors[1]
-
-
-def _key(name: str) -> str:
-    """Turn the name of a process variable into a data key: 26idc:m1.VAL → 26idc_m1."""
-    return re.sub(r"\W+", "_", re.sub(r"\.(VAL|RBV)$", "", name)).strip("_") or "motor"
+    slow, fast = (  # 26idc:m1.VAL is called m1
+        Motor(re.sub(r".*:|\.(VAL|RBV)$", "", p.name), p.values.ravel()[: mda.points], p.unit)
+        for p in mda.positioners
+        if p
+    )
+    return slow, fast
 
 
 Names = list[tuple[int, str, str]]

@@ -1,0 +1,294 @@
+"""Ingested files are found again, and what cannot be read is told in a line."""
+
+import os
+import struct
+
+import h5py
+import numpy as np
+import pytest
+import tifffile
+from tiled.client.utils import ClientError
+from typer.testing import CliRunner
+
+from nanobeam_bluesky.cli import app
+from nanobeam_bluesky.documents import FrameReader, PointBlock, ReadStatus, StoredRows
+from nanobeam_bluesky.geometry import ROI
+from nanobeam_bluesky.retrospective import ingest
+from nanobeam_bluesky.retrospective.readers import readers
+from nanobeam_bluesky.tiled_adapters import open_catalog
+
+FRAMES = np.random.default_rng(3).poisson(2, (20, 24, 16)).astype(np.uint16)
+FILM = """
+energy_keV = 11.3
+detector_distance_m = 0.85
+pixel_size_um = 440
+binning = 1
+roi_shape = [16, 16]
+bragg_center_px = [8.0, 12.0]
+d_spacing_angstrom = 2.0065
+thickness_nm = 11.7
+optics = {kind = "zone_plate", diameter_um = 149, focal_length_mm = 21.874}
+"""
+GEOMETRY = {
+    "energy_keV": 11.3,
+    "detector_distance_m": 0.85,
+    "pixel_size_um": 440,
+    "binning": 1,
+    "roi_shape": [16, 16],
+    "bragg_center_px": [8.0, 12.0],
+    "d_spacing_angstrom": 2.0065,
+    "thickness_nm": 11.7,
+    "optics": {"kind": "zone_plate", "diameter_um": 149, "focal_length_mm": 21.874},
+}
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory):
+    client = open_catalog(
+        tmp_path_factory.mktemp("catalog"), readable_storage=[tmp_path_factory.getbasetemp()]
+    )
+    yield client
+    client.context.close()
+
+
+@pytest.fixture
+def take(catalog):
+    def take(*files, geometry=GEOMETRY, shape=(4, 5), **options):
+        return list(ingest(files, geometry, to=catalog, shape=shape, **options))
+
+    return take
+
+
+def status(results):
+    return [one.status for one in results]
+
+
+# ------------------------------------------------------------------------- found again
+
+
+def test_the_same_file_with_the_same_settings_is_one_run(tmp_path, take, catalog):
+    file = tmp_path / "a.npy"
+    np.save(file, FRAMES)
+    (first,) = take(file)
+    before = len(catalog["raw"])
+    (again,) = take(os.path.relpath(file))
+    assert (first.status, again.status, again.uid) == ("new", "there", first.uid)
+    (tmp_path / "link.npy").symlink_to(file)
+    assert take(tmp_path / "link.npy")[0].uid == first.uid
+    assert len(catalog["raw"]) == before
+    other = [take(file, snake=True), take(file, shape=(2, 10))]
+    other += [take(file, geometry=GEOMETRY | {"thickness_nm": 12.0})]
+    assert [status(one) for one in other] == [["new"]] * 3
+    np.save(file, FRAMES + 1)
+    assert status(take(file)) == ["new"]
+    assert len(catalog["raw"]) == before + 4
+
+
+def test_a_run_whose_recording_was_cut_off_is_recorded_again(tmp_path, take, catalog, monkeypatch):
+    from nanobeam_bluesky.tiled_adapters import writers
+
+    file = tmp_path / "a.npy"
+    np.save(file, FRAMES)
+
+    class Breaks:
+        def __init__(self, client):
+            self._write = whole(client)
+
+        def __call__(self, name, doc):
+            if name == "stop":
+                raise OSError("gone")
+            self._write(name, doc)
+
+    whole = writers.whole_run_writer
+    monkeypatch.setattr(writers, "whole_run_writer", Breaks)
+    (broken,) = take(file)
+    assert (broken.status, broken.notes) == ("failed", ("gone",))
+    monkeypatch.undo()
+    (done,) = take(file)
+    assert done.status == "new"
+    run = catalog["raw"][done.uid]
+    assert run.metadata["stop"]["num_events"] == {"primary": 20}
+    np.testing.assert_array_equal(run["primary"]["frames"].read(), FRAMES)
+
+
+def test_tiled_reads_any_slice_of_a_stack_and_not_beyond_its_folders(tmp_path, take, catalog):
+    file = tmp_path / "a.npy"
+    np.save(file, FRAMES.astype(np.float32))
+    (one,) = take(file)
+    stored = catalog["raw"][one.uid]["primary"]["frames"]
+    for slices in (np.s_[3], np.s_[2:9, 4], np.s_[:, 1:3, 5:2:-1], np.s_[-2:], np.s_[::7, 0, 0]):
+        np.testing.assert_array_equal(stored[slices], FRAMES[slices])
+    elsewhere = open_catalog(tmp_path / "other")
+    (there,) = ingest([file], GEOMETRY, to=elsewhere, shape=(4, 5))
+    with pytest.raises(ClientError, match="readable_storage"):
+        elsewhere["raw"][there.uid]["primary"]["frames"].read()
+    elsewhere.context.close()
+
+
+# ---------------------------------------------------------------------------- plug-ins
+
+
+def test_a_plug_in_is_asked_before_the_layouts_that_are_known(tmp_path, take, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "import numpy as np\n"
+        "from nanobeam_bluesky.retrospective.readers import Frames, PlainScan\n"
+        "def read(path, options):\n"
+        "    if path.suffix != '.raw16':\n"
+        "        return None\n"
+        "    stack = Frames(f'{path.parent}/a.npy', 'application/x-npy', {}, 20, (24, 16),\n"
+        "                   np.dtype('u2'))\n"
+        "    return [PlainScan('mine', (stack,), shape=(4, 5))]\n"
+    )
+    info = tmp_path / "mine-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[nanobeam.readers]\nmine = mine:read\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    np.save(tmp_path / "a.npy", FRAMES)
+    (tmp_path / "scan.raw16").write_bytes(b"anything")
+    assert next(iter(readers())) == "mine"
+    (one,) = take(tmp_path / "scan.raw16", shape=None)
+    assert (one.status, one.layout, one.points) == ("new", "mine", 20)
+
+
+# --------------------------------------------------------------------------- bad input
+
+
+def hdf5(path, **datasets):
+    with h5py.File(path, "w") as file:
+        for name, values in datasets.items():
+            file[name] = values
+    return path
+
+
+def mda(path, data=struct.pack(">f5i", 1.3, 1, 2, 4, 5, 1)):
+    path.write_bytes(data)
+    return path
+
+
+def saved(path, values, keep=None):
+    np.save(path, values, allow_pickle=True)
+    if keep is not None:
+        path.write_bytes(path.read_bytes()[:keep])
+    return path
+
+
+def truncated_tiffs(folder):
+    folder.mkdir()
+    for i in range(3):
+        tifffile.imwrite(folder / f"{i}.tif", FRAMES[i])
+        data = (folder / f"{i}.tif").read_bytes()
+        (folder / f"{i}.tif").write_bytes(data[: len(data) // 2])
+    return folder
+
+
+def made(folder):
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "words"),
+    [
+        (lambda d: d / "none.h5", {}, "no such file or folder"),
+        (lambda d: made(d / "empty"), {}, "no folder of a known layout"),
+        (lambda d: hdf5(d / "a.h5", x=np.ones(5)), {}, "no frames in it"),
+        (
+            lambda d: hdf5(d / "a.h5", x=FRAMES, y=FRAMES),
+            {},
+            "several datasets of frames, /x, /y: say which by --dataset",
+        ),
+        (
+            lambda d: hdf5(d / "a.h5", x=FRAMES),
+            {"dataset": "/z"},
+            "expected frames (n, rows, columns) at /z, found None",
+        ),
+        (
+            lambda d: hdf5(d / "a.h5", x=FRAMES),
+            {"shape": (4, 6)},
+            "20 frames, 4 × 6 points: 4,5, 2,10, 1,20 would fit; --interrupted if the scan was",
+        ),
+        (lambda d: hdf5(d / "a.h5", x=FRAMES), {"shape": None}, "--shape 4,5, 2,10, 1,20"),
+        (
+            lambda d: hdf5(d / "a.h5", x=FRAMES),
+            {"geometry": {k: v for k, v in GEOMETRY.items() if k != "thickness_nm"}},
+            "thickness_nm missing",
+        ),
+        (
+            lambda d: hdf5(d / "a.h5", x=FRAMES[:, :10]),
+            {},
+            "ROI off the detector: rows 4..20, columns 0..16 on a frame of 10 × 16 pixels",
+        ),
+        (lambda d: saved(d / "a.npy", FRAMES, 5000), {}, "cut off: 6 patterns of the 20"),
+        (lambda d: saved(d / "a.npy", np.array([{}] * 3)), {}, "expected numbers, found object"),
+        (lambda d: saved(d / "a.npy", FRAMES[0]), {}, "expected frames (n, rows, columns)"),
+        (lambda d: mda(d / "text.h5", b"text"), {}, "not readable as HDF5"),
+        (lambda d: truncated_tiffs(d / "tiffs"), {"shape": (1, 3)}, "0.tif, page 0"),
+        (lambda d: mda(d / "12.mda"), {}, "cut off, or no MDA file"),
+        (lambda d: mda(d / "12.mda", b"text" * 9), {}, "no MDA file of version 1"),
+        (lambda d: saved(d / "a.npy", FRAMES), {"layout": "nexus"}, "no file of layout 'nexus'"),
+        (lambda d: saved(d / "a.npy", FRAMES), {"layout": "spec"}, "known are aps26id, bliss"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line_and_the_rest_goes_on(tmp_path, take, make, options, words):
+    good = tmp_path / "good.npy"
+    np.save(good, FRAMES)
+    files = [make(tmp_path)] + ([] if options else [good])
+    bad, *rest = take(*files, **options)
+    assert bad.status == "failed"
+    assert words in bad.notes[0] and "\n" not in bad.notes[0]
+    assert status(rest) == [] if options else ["new"]
+
+
+def test_an_interrupted_scan_has_the_points_that_it_came_to(tmp_path, take, catalog):
+    np.save(tmp_path / "a.npy", FRAMES[:13])
+    (one,) = take(tmp_path / "a.npy", interrupted=True)
+    assert (one.status, one.points) == ("new", 13)
+    frames = np.asarray(catalog["scans"][one.uid]["frames"][:]).reshape(20, 24, 16)
+    np.testing.assert_array_equal(frames[:13], FRAMES[:13])
+    assert not frames[13:].any()
+
+
+def test_an_mda_file_without_images_says_where_they_should_be(tmp_path, take):
+    from tests.retrospective.test_ingest_layouts import write_mda
+
+    (one,) = take(write_mda(tmp_path / "0123.mda"), shape=None)
+    assert one.notes == (f"no images: expected the folder {tmp_path}/images/0123",)
+
+
+def test_the_command_says_what_became_of_each_file_and_how_it_ends(tmp_path):
+    (tmp_path / "film.toml").write_text(f"[nanobeam]{FILM}")
+    np.save(tmp_path / "a.npy", FRAMES)
+
+    def run(*arguments):
+        command = ["ingest", *map(str, arguments), "--to", str(tmp_path / "to")]
+        result = CliRunner().invoke(app, [*command, "--geometry", str(tmp_path / "film.toml")])
+        return result.exit_code, result.output
+
+    code, text = run(tmp_path / "a.npy", "--shape", "4,5", "--snake")
+    assert code == 0 and f"{tmp_path}/a.npy: npy, run " in text and "20 points" in text
+    code, text = run(tmp_path / "b.npy", tmp_path / "a.npy", "--shape", "4,5", "--snake")
+    assert code == 1
+    assert f"{tmp_path}/b.npy: no such file or folder" in text and "was there already" in text
+    assert run(tmp_path / "a.npy", "--shape", "4")[0] == 2
+    assert run(tmp_path / "a.npy", "--shape", "4,x")[0] == 2
+    (tmp_path / "film.toml").write_text("energy = = 3")
+    assert run(tmp_path / "a.npy")[0] == 2
+
+
+# ------------------------------------------------------------------- reading NumPy files
+
+
+def test_a_numpy_file_that_is_still_written_is_read_as_far_as_it_is(tmp_path):
+    path = tmp_path / "a.npy"
+    block = PointBlock(1, 20, StoredRows(str(path), "", 0))
+    roi = ROI(row=2, col=3, height=10, width=8)
+    reader = FrameReader()
+    assert reader.frames(block, roi)[1].tolist() == [ReadStatus.RETRY] * 20
+    saved(path, FRAMES, 128 + 7 * 24 * 16 * 2 + 10)
+    frames, found, reason = reader.frames(block, roi)
+    assert found.tolist() == [ReadStatus.OK] * 7 + [ReadStatus.RETRY] * 13
+    assert "7 frames" in reason
+    np.testing.assert_array_equal(frames[:7], FRAMES[:7, 2:12, 3:11])
+    saved(path, np.array([{}]))
+    assert set(reader.frames(block, roi)[1]) == {ReadStatus.NEVER}
