@@ -291,17 +291,17 @@ def _checked_shape(
         If there are more frames than points; or fewer, and neither the file nor the user says so.
     """
     shape, count = given or scan.shape, scan.count
-    if shape is not None and count < shape[0] * shape[1]:
-        if interrupted or shape == scan.shape:
-            return shape
+    points = shape[0] * shape[1] if shape else 0
+    if shape is not None and count < points and (interrupted or shape == scan.shape):
+        return shape
     fitting = [(n, count // n) for n in range(math.isqrt(count), 0, -1) if count % n == 0]
     fit = ", ".join(f"{a},{b}" for a, b in fitting[:3])
     if shape is None:
         raise ValueError(
             f"{count} frames, and how many rows and columns is not said: --shape {fit}"
         )
-    if count != shape[0] * shape[1]:
-        fewer = "; --interrupted if the scan was" if count < shape[0] * shape[1] else ""
+    if count != points:
+        fewer = "; --interrupted if the scan was" if count < points else ""
         raise ValueError(f"{count} frames, {shape[0]} × {shape[1]} points: {fit} would fit{fewer}")
     return shape
 

@@ -2,6 +2,7 @@
 
 import os
 import struct
+from tempfile import TemporaryDirectory
 
 import h5py
 import numpy as np
@@ -111,18 +112,30 @@ def test_a_run_whose_recording_was_cut_off_is_recorded_again(tmp_path, take, cat
     np.testing.assert_array_equal(run["primary"]["frames"].read(), FRAMES)
 
 
-def test_tiled_reads_any_slice_of_a_stack_and_not_beyond_its_folders(tmp_path, take, catalog):
+def test_tiled_reads_any_slice_of_a_stack(tmp_path, take, catalog):
     file = tmp_path / "a.npy"
     np.save(file, FRAMES.astype(np.float32))
     (one,) = take(file)
     stored = catalog["raw"][one.uid]["primary"]["frames"]
     for slices in (np.s_[3], np.s_[2:9, 4], np.s_[:, 1:3, 5:2:-1], np.s_[-2:], np.s_[::7, 0, 0]):
         np.testing.assert_array_equal(stored[slices], FRAMES[slices])
-    elsewhere = open_catalog(tmp_path / "other")
-    (there,) = ingest([file], GEOMETRY, to=elsewhere, shape=(4, 5))
-    with pytest.raises(ClientError, match="readable_storage"):
-        elsewhere["raw"][there.uid]["primary"]["frames"].read()
-    elsewhere.context.close()
+
+
+def test_an_image_that_leads_out_of_the_readable_folders_is_refused(
+    tmp_path, tmp_path_factory, take, catalog
+):
+    (tmp_path / "scan").mkdir()
+    for i in range(20):
+        tifffile.imwrite(tmp_path / "scan" / f"{i}.tif", FRAMES[i])
+    (one,) = take(tmp_path / "scan")
+    stored = catalog["raw"][one.uid]["primary"]["frames"]
+    np.testing.assert_array_equal(stored[7:], FRAMES[7:])
+    with TemporaryDirectory(dir=tmp_path_factory.getbasetemp().parent) as outside:
+        (tmp_path / "scan" / "9.tif").rename(f"{outside}/9.tif")
+        (tmp_path / "scan" / "9.tif").symlink_to(f"{outside}/9.tif")
+        with pytest.raises(ClientError, match="outside the folders"):
+            stored[7:]
+    np.testing.assert_array_equal(stored[:9, 0], FRAMES[:9, 0])
 
 
 # ---------------------------------------------------------------------------- plug-ins
@@ -161,7 +174,10 @@ def hdf5(path, **datasets):
     return path
 
 
-def mda(path, data=struct.pack(">f5i", 1.3, 1, 2, 4, 5, 1)):
+MDA = struct.pack(">f5i", 1.3, 1, 2, 4, 5, 1)
+
+
+def mda(path, data=MDA):
     path.write_bytes(data)
     return path
 

@@ -230,7 +230,7 @@ def test_nexus_tells_the_geometry_that_is_lacking_whatever_its_units(
     same(maps, expected(nanobeam=GEOMETRY | {"pixel_mask": [[10, 20]], "saturation_value": 60000}))
     np.testing.assert_allclose(maps["y"], np.arange(ROWS) * 0.5)
     np.testing.assert_allclose(maps["x"], np.arange(COLUMNS) * 0.1)
-    assert maps["x_measured"].attrs["units"] == "um"
+    assert documents[1][1]["data_keys"]["x"]["units"] == "um"
 
 
 def group(parent, name, kind, **attributes):
