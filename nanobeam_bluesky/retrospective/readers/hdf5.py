@@ -67,7 +67,7 @@ def _bliss(scan: h5py.Group, path: Path, options: Options) -> PlainScan | None:
     measurement = scan.get("measurement")
     if measurement is None:
         return None
-    names = [f"{measurement.name}/{key}" for key in measurement if _frames_at(measurement, key)]
+    names = [f"{measurement.name}/{key}" for key in measurement if frames_at(measurement, key)]
     if not (names or options.dataset):
         return None
     fast, slow = (int(scan[f"technique/dim{i}"][()]) for i in (0, 1))
@@ -133,7 +133,7 @@ def read_nanomax(path: Path, options: Options) -> Iterable[PlainScan] | None:
         names = [
             f"{measurement.name}/{key}/frames"
             for key in measurement
-            if _frames_at(measurement, f"{key}/frames")
+            if frames_at(measurement, f"{key}/frames")
         ]
         if not names:
             return None
@@ -242,7 +242,8 @@ def stored_motor(dataset: h5py.Dataset, path: Path, count: int, name: str = "") 
     )
 
 
-def _frames_at(group: h5py.Group, key: str) -> bool:
+def frames_at(group: h5py.Group, key: str) -> bool:
+    """Whether a group has frames under some name."""
     try:
         return is_frames(group.get(key), (3, 4))
     except (KeyError, OSError):  # a link to nowhere

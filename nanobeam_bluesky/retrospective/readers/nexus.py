@@ -12,11 +12,11 @@ from typing import Any
 import h5py
 import numpy as np
 
-from nanobeam_bluesky.documents.plain_files import is_frames
 from nanobeam_bluesky.geometry import GeometryError
 from nanobeam_bluesky.presets.sources import Found, in_units
 from nanobeam_bluesky.retrospective.readers import Motor, Options, PlainScan
 from nanobeam_bluesky.retrospective.readers.hdf5 import (
+    frames_at,
     numbers_of,
     opened,
     stored_frames,
@@ -45,7 +45,7 @@ def read_nexus(path: Path, options: Options) -> Iterable[PlainScan] | None:
         detectors = list(_groups(entry, "NXdetector"))
         data = _default(entry, "NXdata")
         names = [options.dataset] if options.dataset else _signal(data)
-        names = names or [d["data"].name for d in detectors if is_frames(d.get("data"), (3, 4))]
+        names = names or [f"{d.name}/data" for d in detectors if frames_at(d, "data")]
         if not names:
             return None
         frames, shape = stored_frames(file, names)
@@ -99,9 +99,11 @@ def _signal(data: h5py.Group | None) -> list[str]:
     if data is None:
         return []
     named = text(data.attrs.get("signal"))
-    items = [data.get(named)] if named else list(_children(data))
+    keys = [named] if named else [k for k in data if frames_at(data, k)]
     return [
-        item.name for item in items if is_frames(item, (3, 4)) and (named or "signal" in item.attrs)
+        f"{data.name}/{k}"
+        for k in keys
+        if frames_at(data, k) and (named or "signal" in data[k].attrs)
     ]
 
 
