@@ -213,7 +213,8 @@ def train(
 @app.command()
 def calibrate(
     frames: Annotated[
-        Path, typer.Option(help="Frames of the first rows of a scan: HDF5, or a NumPy .npy stack.")
+        Path,
+        typer.Option(help="Frames of the first rows: HDF5, .npy, .mda, a folder of TIFF files."),
     ],
     start: Start = None,
     geometry: GeometryFile = None,
@@ -308,7 +309,7 @@ def ingest(
         from nanobeam_bluesky.retrospective import ingest as record
     except ImportError as error:
         _stop(f"{error}: nanobeam ingest needs pip install 'nanobeam-bluesky[tiled]'", code=2)
-    failed = False
+    failed, folders = False, {}
     try:
         for one in record(
             files,
@@ -327,8 +328,12 @@ def ingest(
             else:
                 there = "was there already" if one.status == "there" else f"{one.points} points"
                 _say(f"{one.file}: {one.layout}, run {one.uid}, {there}{notes and '; ' + notes}")
+                folders |= {str(Path(one.file).resolve().parent): None}
     except (OSError, RuntimeError) as error:
         _stop(f"{to}: {error}", code=1)
+    if folders and "://" not in to:
+        readable = " ".join(f"--readable-storage {folder}" for folder in folders)
+        _say(f"to look at them: nanobeam serve {to} {readable}")
     raise typer.Exit(1 if failed else 0)
 
 
@@ -684,8 +689,15 @@ def _patterns(path: Path, dataset: str, rows: str, geometry: Geometry) -> NDArra
             )
         geometry.roi.check_inside(stack.shape[1:])
         return bin_frames(stack[:, *geometry.roi.slices], geometry)[0]
+    stored = StoredRows(str(path), dataset, int(first))
+    if path.is_dir() or path.suffix.lower() in (".mda", ".tif", ".tiff"):
+        from nanobeam_bluesky.documents.resources import Resource
+        from nanobeam_bluesky.retrospective.readers import Options, find_scans
+
+        frames = find_scans(path.absolute(), Options())[1][0].frames[0]
+        stored = Resource.parse({"data_key": "", **frames.resource}, {}).event(int(first), 1)
     reader = reading.FrameReader(geometry)
-    block = PointBlock(1, int(stop) - int(first), StoredRows(str(path), dataset, int(first)))
+    block = PointBlock(1, int(stop) - int(first), stored)
     try:
         patterns, _, status, reason = reader.patterns(block)
     finally:

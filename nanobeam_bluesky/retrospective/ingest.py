@@ -101,14 +101,13 @@ def ingest(
     """
     from nanobeam_bluesky.tiled_adapters.writers import whole_run_writer
 
-    files = [str(file) for file in files]
-    client = _connected(to, files)
+    client = _connected(to)
     catalog = client.get("raw", client)
-    for given in files:
+    for given in map(str, files):
         path = Path(os.path.realpath(given) if os.path.islink(given) else os.path.abspath(given))
         try:
             name, scans = find_scans(path, Options(shape, dataset), layout)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a file may be anything, and so may a plug-in
             yield Ingested(given, "failed", notes=(_text(error, path),))
             continue
         for scan in scans:
@@ -127,7 +126,7 @@ def ingest(
                     write = whole_run_writer(catalog)
                     for document in documents:
                         write(*document)
-            except (OSError, ValueError) as error:
+            except Exception as error:  # Tiled raises of many kinds
                 yield Ingested(given, "failed", layout=name, notes=(_text(error, path),))
             else:
                 yield Ingested(given, status, uid, scan.count, name, scan.notes)
@@ -217,9 +216,8 @@ def _compose(
     )
     documents: list[Document] = [("start", run.start_doc), ("descriptor", stream.descriptor_doc)]
 
-    def refer(key: str, path: str, at: int, count: int, **what: Any) -> None:
-        uri = f"file://localhost{quote(path)}"
-        resource = run.compose_stream_resource(data_key=key, uri=uri, **what)
+    def refer(key: str, at: int, count: int, **what: Any) -> None:
+        resource = run.compose_stream_resource(data_key=key, **what)
         problem = Resource.parse(resource.stream_resource_doc, {}).problem
         if problem:
             raise ValueError(problem)
@@ -236,14 +234,13 @@ def _compose(
     for part in scan.frames:
         if (part.shape, part.dtype) != (first.shape, first.dtype):
             raise ValueError(f"{part.path} has frames {part.shape}, {first.path} {first.shape}")
-        what = {"mimetype": part.mimetype, "parameters": dict(part.parameters)}
-        refer(KEY, part.path, at, part.count, **what)
+        refer(KEY, at, part.count, **part.resource)
         at += part.count
     for motor in motors or ():
         if motor.dataset:
-            where, inside = motor.dataset
-            what = {"mimetype": "application/x-hdf5", "parameters": {"dataset": inside}}
-            refer(motor.name, where, 0, scan.count, **what)
+            uri = f"file://localhost{quote(motor.dataset[0])}"
+            what = {"mimetype": "application/x-hdf5", "parameters": {"dataset": motor.dataset[1]}}
+            refer(motor.name, 0, scan.count, uri=uri, **what)
     values = {m.name: m.values for m in motors or () if not m.dataset}
     if values:
         page = stream.compose_event_page(
@@ -258,13 +255,7 @@ def _compose(
     return [*documents, ("stop", stop)]
 
 
-def folders_of(files: Iterable[str | Path]) -> list[str]:
-    """Return the folders that a server needs as ``readable_storage`` to read files."""
-    paths = [os.path.realpath(file) for file in files]
-    return sorted({path if os.path.isdir(path) else os.path.dirname(path) for path in paths})
-
-
-def _connected(to: Any, files: Sequence[str]) -> Any:
+def _connected(to: Any) -> Any:
     """Return a Tiled client."""
     if not isinstance(to, str | Path):
         return to
@@ -274,7 +265,7 @@ def _connected(to: Any, files: Sequence[str]) -> Any:
         return from_uri(str(to))
     from nanobeam_bluesky.tiled_adapters import open_catalog
 
-    return open_catalog(to, readable_storage=folders_of(files))
+    return open_catalog(to)
 
 
 # --------------------------------------------------------------------------- checks
@@ -378,4 +369,5 @@ def _plain(value: Any) -> Any:
 
 
 def _text(error: Exception, path: Path) -> str:
-    return str(error).removeprefix(f"{path}: ").replace("\n", "; ")
+    text = str(error).removeprefix(f"{path}: ").replace("\n", "; ")
+    return text if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {text}"

@@ -2,6 +2,7 @@
 
 import os
 import struct
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import h5py
@@ -141,27 +142,27 @@ def test_an_image_that_leads_out_of_the_readable_folders_is_refused(
 # ---------------------------------------------------------------------------- plug-ins
 
 
-def test_a_plug_in_is_asked_before_the_layouts_that_are_known(tmp_path, take, monkeypatch):
-    (tmp_path / "mine.py").write_text(
-        "import numpy as np\n"
-        "from nanobeam_bluesky.retrospective.readers import Frames, PlainScan\n"
-        "def read(path, options):\n"
-        "    if path.suffix != '.raw16':\n"
-        "        return None\n"
-        "    stack = Frames(f'{path.parent}/a.npy', 'application/x-npy', {}, 20, (24, 16),\n"
-        "                   np.dtype('u2'))\n"
-        "    return [PlainScan('mine', (stack,), shape=(4, 5))]\n"
-    )
-    info = tmp_path / "mine-1.0.dist-info"
+def test_the_plug_in_of_the_docs_is_asked_before_the_layouts_that_are_known(
+    tmp_path, take, catalog, monkeypatch
+):
+    text = (Path(__file__).parents[2] / "docs/reference/ingest.md").read_text("utf-8")
+    code = text.rpartition("```python\n")[2].partition("```")[0]
+    (tmp_path / "mybeamline.py").write_text(code)
+    info = tmp_path / "mybeamline-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[nanobeam.readers]\nmine = mine:read\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mybeamline\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[nanobeam.readers]\nmine = mybeamline:read\n")
     monkeypatch.syspath_prepend(tmp_path)
-    np.save(tmp_path / "a.npy", FRAMES)
-    (tmp_path / "scan.raw16").write_bytes(b"anything")
+    slow, fast = np.divmod(np.arange(20), 5)
+    with h5py.File(tmp_path / "a.scan", "w") as file:
+        file["det"], file["x"], file["y"] = FRAMES, np.where(slow % 2, 4 - fast, fast), slow
+        file.attrs["shape"], file.attrs["energy"] = (4, 5), 11.3
     assert next(iter(readers())) == "mine"
-    (one,) = take(tmp_path / "scan.raw16", shape=None)
+    (one,) = take(tmp_path / "a.scan", shape=None)
     assert (one.status, one.layout, one.points) == ("new", "mine", 20)
+    start = catalog["raw"][one.uid].metadata["start"]
+    assert (start["motors"], start["snaking"]) == (["y", "x"], [False, True])
+    assert start["extents"] == [[0.0, 3.0], [0.0, 4.0]]
 
 
 # --------------------------------------------------------------------------- bad input

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +49,12 @@ class Frames:
     shape: tuple[int, int]
     """Rows and columns of a frame, e.g. (516, 516)."""
     dtype: np.dtype[Any]
+
+    @property
+    def resource(self) -> dict[str, Any]:
+        """What a stream_resource document says of them."""
+        uri = f"file://localhost{quote(self.path)}"
+        return {"uri": uri, "mimetype": self.mimetype, "parameters": dict(self.parameters)}
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,8 @@ def find_scans(
         raise ValueError(f"no layout {layout!r}: known are {', '.join(known)}")
     if not path.exists():
         raise ValueError("no such file or folder")
+    if not (path.is_dir() or path.is_file()):
+        raise ValueError("neither a file nor a folder")
     for name in [layout] if layout else known:
         scans = known[name]()(path, options)
         if scans is not None:

@@ -18,7 +18,18 @@ from numpy.typing import NDArray
 from nanobeam_bluesky.documents.plain_files import frame_datasets, is_frames
 from nanobeam_bluesky.retrospective.readers import Frames, Motor, Options, PlainScan
 
-__all__ = ["opened", "read_bliss", "read_hdf5", "read_nanomax"]
+__all__ = [
+    "frames_at",
+    "numbers_of",
+    "opened",
+    "read_bliss",
+    "read_hdf5",
+    "read_nanomax",
+    "stored_frames",
+    "text",
+    "times",
+    "titles",
+]
 
 SUFFIXES = (".h5", ".hdf5", ".hdf", ".nxs", ".nx", ".cxi")
 _PARTS = re.compile(r"(.*/)?data_\d{6}")
@@ -102,9 +113,8 @@ def _recorded(
     """How many points a scan has: what comes after an interruption is padded with zeros."""
     done = min(points, sum(f.count for f in frames))
     clocks = [v for k, v in numbers.items() if k in ("epoch", "elapsed_time", "epoch_trig")]
-    for clock in clocks or numbers.values():
-        done = min(done, len(clock))
     if clocks:
+        done = min(done, len(clocks[0]))
         ticks = np.flatnonzero(clocks[0][:done])
         return int(ticks[-1]) + 1 if len(ticks) else 0
     if len(frames) > 1:

@@ -80,9 +80,9 @@ def _children(group: h5py.Group) -> Iterator[Any]:
 
 def _default(group: h5py.Group, kind: str) -> h5py.Group | None:
     """Return the default group of a class, or the only one."""
-    named = group.get(text(group.attrs.get("default")) or "/..", None)
-    if _is_class(named, kind):
-        return named
+    name = text(group.attrs.get("default"))
+    if name and _is_class(group.get(name), kind):
+        return group[name]
     found = [item for item in _children(group) if _is_class(item, kind)]
     return found[0] if len(found) == 1 else None
 
