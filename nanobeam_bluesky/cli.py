@@ -214,7 +214,7 @@ def train(
 def calibrate(
     frames: Annotated[
         Path,
-        typer.Option(help="Frames of the first rows: HDF5, .npy, .mda, a folder of TIFF files."),
+        typer.Option(help="Frames of the first rows: HDF5, .npy, .mda, a folder of TIFFs."),
     ],
     start: Start = None,
     geometry: GeometryFile = None,
@@ -309,7 +309,8 @@ def ingest(
         from nanobeam_bluesky.retrospective import ingest as record
     except ImportError as error:
         _stop(f"{error}: nanobeam ingest needs pip install 'nanobeam-bluesky[tiled]'", code=2)
-    failed, folders = False, {}
+    failed = False
+    folders: dict[str, None] = {}
     try:
         for one in record(
             files,

@@ -212,7 +212,7 @@ def _compose(
             "units": motor.units,
         } | ({"external": "STREAM:"} if motor.dataset else {})
     stream: Any = run.compose_descriptor(
-        name="primary", data_keys=keys, object_keys={key: [key] for key in keys}
+        name="primary", data_keys=keys, object_keys={key: [key] for key in keys}, time=begun
     )
     documents: list[Document] = [("start", run.start_doc), ("descriptor", stream.descriptor_doc)]
 

@@ -282,11 +282,13 @@ def test_the_command_says_what_became_of_each_file_and_how_it_ends(tmp_path):
         result = CliRunner().invoke(app, [*command, "--geometry", str(tmp_path / "film.toml")])
         return result.exit_code, result.output
 
-    code, text = run(tmp_path / "a.npy", "--shape", "4,5", "--snake")
-    assert code == 0 and f"{tmp_path}/a.npy: npy, run " in text and "20 points" in text
-    code, text = run(tmp_path / "b.npy", tmp_path / "a.npy", "--shape", "4,5", "--snake")
-    assert code == 1
-    assert f"{tmp_path}/b.npy: no such file or folder" in text and "was there already" in text
+    a, b = tmp_path / "a.npy", tmp_path / "b.npy"
+    code, text = run(a, a, "--shape", "4,5", "--snake")
+    assert code == 0
+    assert f"{a}: npy, run " in text and "20 points" in text and "was there already" in text
+    assert f"nanobeam serve {tmp_path}/to --readable-storage {tmp_path}" in text
+    code, text = run(b, a, "--shape", "4,5", "--snake")
+    assert code == 1 and f"{b}: no such file or folder" in text and "was there already" in text
     assert run(tmp_path / "a.npy", "--shape", "4")[0] == 2
     assert run(tmp_path / "a.npy", "--shape", "4,x")[0] == 2
     (tmp_path / "film.toml").write_text("energy = = 3")

@@ -393,14 +393,14 @@ def write_mda(path, done=POINTS):
 
 
 def test_26_id_keeps_positions_and_images_apart_and_hot_pixels_go_by_the_mask(
-    tmp_path, taken, frames, expected
+    tmp_path, taken, frames, expected, catalog
 ):
     hot = frames.copy()
     hot[:, 30, 40] = hot[:, 50, 12] = 1000
     write_tiffs(tmp_path / "images" / "123", hot, "scan_123_img_{:06d}.tif")
     write_mda(tmp_path / "123.mda")
     masked = GEOMETRY | {"pixel_mask": [[30, 40], [50, 12]]}
-    documents, scan, _ = taken(tmp_path / "123.mda", masked)
+    documents, scan, result = taken(tmp_path / "123.mda", masked)
     start = documents[0][1]
     assert (start["scan_id"], start["motors"]) == (123, ["hybY", "hybX"])
     maps = analysed(documents)
@@ -408,6 +408,9 @@ def test_26_id_keeps_positions_and_images_apart_and_hot_pixels_go_by_the_mask(
     np.testing.assert_allclose(maps["hybX_measured"].values.ravel(), FAST)
     np.testing.assert_allclose(np.asarray(scan["hybY_measured"]).ravel(), SLOW)
     np.testing.assert_array_equal(np.asarray(scan["frames"][2]), grid(hot)[2])
+    replayed = analysed(catalog["raw"][result.uid].documents())
+    same(replayed, maps)
+    np.testing.assert_allclose(replayed["hybX_measured"], maps["hybX_measured"])
 
 
 def test_an_interrupted_26_id_scan_has_the_points_that_were_measured(
