@@ -427,3 +427,9 @@ def test_an_interrupted_26_id_scan_has_the_points_that_were_measured(
     assert maps["flags"].values[0, 4] == 32
     assert np.isfinite(maps["counts"].values).sum() == 12
     same(maps, expected(), but=[divmod(i, COLUMNS) for i in (4, *range(13, POINTS))])
+
+
+def test_an_mda_file_without_images_says_where_they_should_be(tmp_path):
+    write_mda(tmp_path / "0123.mda")
+    with pytest.raises(ValueError, match=f"no images: expected the folder {tmp_path}/images/0123"):
+        find_scans(tmp_path / "0123.mda", Options())
