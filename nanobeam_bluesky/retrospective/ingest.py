@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import re
@@ -21,22 +20,18 @@ from numpy.typing import NDArray
 from nanobeam_bluesky.documents import Document
 from nanobeam_bluesky.documents.plain_files import KEY
 from nanobeam_bluesky.documents.resources import Resource
-from nanobeam_bluesky.geometry import GeometryError
+from nanobeam_bluesky.geometry import Geometry, GeometryError
 from nanobeam_bluesky.models import Estimates
 from nanobeam_bluesky.presets import Preset
 from nanobeam_bluesky.retrospective.readers import Motor, Options, PlainScan, find_scans
 
 __all__ = ["Ingested", "documents_of", "ingest"]
 
-logger = logging.getLogger("nanobeam_bluesky")
-
 _NAMESPACE = uuid.UUID("a0b8e8f4-5f0e-4d59-9d39-5f2f1d8b7c21")
 _ALTERNATIVES = {
     "energy_keV": {"energy_keV", "wavelength_angstrom"},
     "wavelength_angstrom": {"energy_keV", "wavelength_angstrom"},
 }
-
-
 _TAKEN = {*Estimates.UNITS, "row", "col", "time", "seq_num", KEY}
 """Keys of the raw and of the derived run that no motor can have."""
 
@@ -180,7 +175,13 @@ def documents_of(
         if extents is not None:
             start["extents"] = extents
     start = _plain(start)
-    _check_geometry(start, scan)
+    roi = _checked_geometry(start, scan).roi
+    if "pixel_mask" not in geometry and "pixel_mask" in scan.geometry:
+        # of a large detector, the file's own list is too long for a document
+        mask = np.array(start["nanobeam"]["pixel_mask"], int).reshape(-1, 2)
+        first, size = np.array([roi.row, roi.col]), np.array([roi.height, roi.width])
+        inside = ((mask >= first) & (mask < first + size)).all(axis=1)
+        start["nanobeam"]["pixel_mask"] = mask[inside].tolist()
     state = [str(path), status.st_ino, status.st_size, status.st_mtime_ns]
     uid = str(uuid.uuid5(_NAMESPACE, json.dumps([state, start], sort_keys=True)))
     return _compose(start, uid, scan, motors)
@@ -307,8 +308,8 @@ def _block(scan: PlainScan, geometry: Mapping[str, Any]) -> dict[str, Any]:
     return size | own | dict(geometry) | {"detector": KEY}
 
 
-def _check_geometry(start: Mapping[str, Any], scan: PlainScan) -> None:
-    """Raise ValueError if the geometry lacks something, or does not suit the frames."""
+def _checked_geometry(start: Mapping[str, Any], scan: PlainScan) -> Geometry:
+    """Return the geometry; ValueError if it lacks something, or does not suit the frames."""
     frame = scan.frames[0].shape
     stated = tuple(start["nanobeam"]["detector_shape"])
     if stated != frame:
@@ -316,6 +317,7 @@ def _check_geometry(start: Mapping[str, Any], scan: PlainScan) -> None:
     try:
         found = Preset.load("default").read_geometry({"uid": "", **start}, frames=KEY)
         found.roi.check_inside(frame)
+        return found
     except GeometryError as error:
         raise ValueError(re.sub(r"^run [^:]*: ", "", str(error))) from None
 

@@ -195,7 +195,7 @@ def test_nexus_tells_the_geometry_that_is_lacking_whatever_its_units(
     tmp_path, taken, frames, expected
 ):
     mask = np.zeros((HEIGHT, WIDTH), np.uint32)
-    mask[10, 20] = 2
+    mask[10, 20], mask[:, 0] = 2, 1
     with h5py.File(tmp_path / "scan.nxs", "w") as file:
         file.attrs["default"] = "entry"
         entry = group(file, "entry", "NXentry", default="data")
@@ -225,6 +225,7 @@ def test_nexus_tells_the_geometry_that_is_lacking_whatever_its_units(
     documents, _, _ = taken(tmp_path / "scan.nxs", geometry)
     start = documents[0][1]
     assert [start["nanobeam"][k] for k in told] == pytest.approx([11.3, 0.85, 110])
+    assert start["nanobeam"]["pixel_mask"] == [[10, 20]]  # of the ROI
     assert start["nanobeam"]["bragg_center_px"] == GEOMETRY["bragg_center_px"]
     maps = analysed(documents)
     same(maps, expected(nanobeam=GEOMETRY | {"pixel_mask": [[10, 20]], "saturation_value": 60000}))
