@@ -132,7 +132,7 @@ def configuration(
     readable = [str(folder / "frames"), *(str(Path(p).resolve()) for p in readable_storage)]
     runs = {"uri": f"sqlite:///{catalog}", "specs": [_RUNS]}
     stored: dict[str, Any] = runs | {"writable_storage": writable, "readable_storage": readable}
-    stored["adapters_by_mimetype"] = STACKS
+    stored["adapters_by_mimetype"] = dict(STACKS)  # Tiled puts classes in it
     viewed = runs | {"readable_storage": [*readable, *writable]}
     mapped: dict[str, Any] = {"root_map": dict(root_map)} if root_map else {}
     computed = {"compute": {"folder": str(folder / "computed")} | mapped} if compute else {}
