@@ -230,7 +230,8 @@ def train(
 @app.command()
 def calibrate(
     frames: Annotated[
-        Path, typer.Option(help="Frames of the first rows of a scan: HDF5, or a NumPy .npy stack.")
+        Path,
+        typer.Option(help="Frames of the first rows: HDF5, .npy, .mda, a folder of TIFFs."),
     ],
     start: Start = None,
     geometry: GeometryFile = None,
@@ -281,6 +282,77 @@ def calibrate(
         except OSError as error:
             _stop(str(error), code=1)
         _say(f"corrected geometry {new.fingerprint()} in {out}")
+
+
+@app.command()
+def ingest(
+    files: Annotated[
+        list[str], typer.Argument(help="HDF5, NeXus, .npy or .mda files, folders of TIFF files.")
+    ],
+    to: Annotated[
+        str, typer.Option(help="Where the runs go: a folder, or the address of a Tiled server.")
+    ],
+    geometry: Annotated[
+        Path, typer.Option(help="Geometry (TOML, the names of the nanobeam block).")
+    ],
+    shape: Annotated[
+        str | None,
+        typer.Option(help="Rows and columns of the scan, such as 165,165."),
+    ] = None,
+    snake: Annotated[
+        bool | None, typer.Option("--snake/--no-snake", help="Every second row is flown backwards.")
+    ] = None,
+    interrupted: Annotated[
+        bool, typer.Option("--interrupted", help="Files may have fewer frames than --shape.")
+    ] = False,
+    dataset: Annotated[str | None, typer.Option(help="The frames in an HDF5 file.")] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="Of the files, if it is not recognised: aps26id, bliss, …")
+    ] = None,
+) -> None:
+    """Make files of a beamline without Bluesky runs, which point to them; nothing is copied."""
+    try:
+        values = tomllib.loads(geometry.read_text("utf-8"))
+        parts = None if shape is None else [int(part) for part in shape.split(",")]
+        if parts is not None and (len(parts) != 2 or min(parts) < 1):
+            raise ValueError("expected two numbers")
+    except tomllib.TOMLDecodeError as error:
+        _stop(f"{geometry}: {error}", code=2)
+    except OSError as error:
+        _stop(str(error), code=2)
+    except ValueError as error:
+        _stop(f"--shape {shape}: expected rows and columns, such as 165,165: {error}", code=2)
+    try:
+        from nanobeam_bluesky.retrospective import ingest as record
+    except ImportError as error:
+        _stop(f"{error}: nanobeam ingest needs pip install 'nanobeam-bluesky[tiled]'", code=2)
+    failed = False
+    folders: dict[str, None] = {}
+    try:
+        for one in record(
+            files,
+            values.get("nanobeam", values),
+            to=to,
+            shape=None if parts is None else (parts[0], parts[1]),
+            snake=snake,
+            interrupted=interrupted,
+            dataset=dataset,
+            layout=layout,
+        ):
+            notes = "; ".join(one.notes)
+            if one.status == "failed":
+                failed = True
+                errors.print(f"{one.file}: {notes}", style="red", markup=False, soft_wrap=True)
+            else:
+                there = "was there already" if one.status == "there" else f"{one.points} points"
+                _say(f"{one.file}: {one.layout}, run {one.uid}, {there}{notes and '; ' + notes}")
+                folders |= {str(Path(one.file).resolve().parent): None}
+    except (OSError, RuntimeError) as error:
+        _stop(f"{to}: {error}", code=1)
+    if folders and "://" not in to:
+        readable = " ".join(f"--readable-storage {folder}" for folder in folders)
+        _say(f"to look at them: nanobeam serve {to} {readable}")
+    raise typer.Exit(1 if failed else 0)
 
 
 @app.command()
@@ -717,8 +789,15 @@ def _patterns(path: Path, dataset: str, rows: str, geometry: Geometry) -> NDArra
             )
         geometry.roi.check_inside(stack.shape[1:])
         return bin_frames(stack[:, *geometry.roi.slices], geometry)[0]
+    stored = StoredRows(str(path), dataset, int(first))
+    if path.is_dir() or path.suffix.lower() in (".mda", ".tif", ".tiff"):
+        from nanobeam_bluesky.documents.resources import Resource
+        from nanobeam_bluesky.retrospective.readers import Options, find_scans
+
+        frames = find_scans(path.absolute(), Options())[1][0].frames[0]
+        stored = Resource.parse({"data_key": "", **frames.resource}, {}).event(int(first), 1)
     reader = reading.FrameReader(geometry)
-    block = PointBlock(1, int(stop) - int(first), StoredRows(str(path), dataset, int(first)))
+    block = PointBlock(1, int(stop) - int(first), stored)
     try:
         patterns, _, status, reason = reader.patterns(block)
     finally:

@@ -1,4 +1,4 @@
-"""Values that do not lie in one HDF5 dataset: TIFF files and what registered handlers read."""
+"""Values that do not lie in one HDF5 dataset: TIFF, NumPy, and what registered handlers read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from nanobeam_bluesky.documents.resources import StoredRows
 from nanobeam_bluesky.geometry import ROI, GeometryError
 
-__all__ = ["HandlerReader", "NeverError", "NotYetError", "check_regular", "read_tiff"]
+__all__ = ["HandlerReader", "NeverError", "NotYetError", "check_regular", "open_npy", "read_tiff"]
 
 MAX_HANDLERS = 4
 """Handlers that are kept open."""
@@ -58,6 +58,45 @@ def read_tiff(path: str, page: int) -> NDArray[Any]:
     except Exception as error:  # a file that is still written breaks it in many ways
         raise NotYetError(f"{path}, page {page}: {error}") from error
     return image
+
+
+def open_npy(path: str) -> tuple[NDArray[Any], tuple[int, ...]]:
+    """Map a NumPy file: those frames (n, rows, columns) that are there; and the shape of all.
+
+    Raises
+    ------
+    NotYetError
+        If the file is not there, or its header is not complete.
+    NeverError
+        If it has no frames.
+    """
+    from numpy.lib import format as npy
+
+    check_regular(path)
+    with open(path, "rb") as file:
+        try:
+            version = npy.read_magic(file)
+            if version not in ((1, 0), (2, 0)):
+                raise NeverError(f"expected numbers, found version {version} of the format")
+            read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+            shape, fortran, dtype = read(file)
+        except ValueError as error:
+            if os.fstat(file.fileno()).st_size < 128:
+                raise NotYetError(f"{path}: {error}") from error
+            raise NeverError(f"not a NumPy array: {error}") from error
+        offset, size = file.tell(), os.fstat(file.fileno()).st_size
+    if dtype.kind not in "uifb":  # objects would have to be unpickled
+        raise NeverError(f"expected numbers, found {dtype}")
+    if len(shape) not in (3, 4) or not all(shape):
+        raise NeverError(f"expected frames (n, rows, columns), found shape {shape}")
+    if fortran:
+        raise NeverError("its order is Fortran's: save np.ascontiguousarray(…) of it")
+    count = int(np.prod(shape[:-2]))
+    there = min(count, (size - offset) // (dtype.itemsize * shape[-2] * shape[-1]))
+    if not there:
+        raise NotYetError(f"{path}: it has no frames yet")
+    # a file that is cut off while it is mapped ends the process: map what is there, read at once
+    return np.memmap(path, dtype, "r", offset, (there, *shape[-2:])), shape
 
 
 class HandlerReader:

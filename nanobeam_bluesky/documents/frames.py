@@ -24,6 +24,7 @@ from nanobeam_bluesky.documents.formats import (
     NeverError,
     NotYetError,
     check_regular,
+    open_npy,
     read_tiff,
 )
 from nanobeam_bluesky.documents.references import PointBlock, StoredRows
@@ -184,7 +185,7 @@ class FrameReader:
         return frames, status, reason
 
     def shape(self, path: str, dataset: str) -> tuple[int, ...]:
-        """Return the shape of a dataset.
+        """Return the shape of a dataset, or of the frames in a NumPy file.
 
         Raises
         ------
@@ -192,6 +193,8 @@ class FrameReader:
             If it cannot be read, now or at all.
         """
         with self._lock:
+            if not dataset:
+                return open_npy(self._roots.resolve(path) if self._roots else path)[1]
             shape: tuple[int, ...] = self._dataset(StoredRows(path, dataset, 0)).shape
             return shape
 
@@ -239,6 +242,8 @@ class FrameReader:
         reason = ""
         if stored.rows_per_file or stored.handler:
             return self._elsewhere(block, status, roi)
+        if not stored.dataset:
+            return self._stack(block, status, roi)
         read = self._read_of(roi)
         try:
             dataset = self._dataset(stored)
@@ -306,6 +311,37 @@ class FrameReader:
         blank = np.zeros_like(good[0])
         rows = np.stack([blank if v is None else v for v in values])
         return _padded(rows, block.count), status, reason
+
+    def _stack(
+        self, block: PointBlock, status: NDArray[np.int8], roi: ROI | None
+    ) -> tuple[NDArray[Any] | None, NDArray[np.int8], str]:
+        """Read frames from a NumPy file."""
+        stored = block.stored
+        assert stored is not None
+        try:
+            if roi is None:
+                raise NeverError("expected HDF5, as it is no frames that are wanted")
+            path = self._roots.resolve(stored.path) if self._roots else stored.path
+            stack, shape = open_npy(path)
+            roi.check_inside(stack.shape[1:])
+            k = stored.rows_per_point
+            n = min(max(0, len(stack) - stored.row) // k, block.count)
+            status[n:] = ReadStatus.RETRY
+            reason = ""
+            if n < block.count:
+                reason = f"{stored.path} has {len(stack)} frames, its header says {shape}"
+            if not n:
+                return None, status, reason
+            frames = np.array(stack[stored.row : stored.row + n * k, *roi.slices])
+        except (NeverError, GeometryError) as error:
+            status[:] = ReadStatus.NEVER
+            return None, status, f"{stored.path}: {error}"
+        except (NotYetError, OSError) as error:
+            status[:] = ReadStatus.RETRY
+            return None, status, str(error)
+        frames = frames.astype(frames.dtype.newbyteorder("="), copy=False)
+        frames = frames if k == 1 else frames.reshape(n, k, *frames.shape[1:])
+        return _padded(frames, block.count), status, reason
 
     def _elsewhere(
         self, block: PointBlock, status: NDArray[np.int8], roi: ROI | None

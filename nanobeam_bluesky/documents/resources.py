@@ -21,7 +21,16 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
-__all__ = ["Resource", "StoredRows", "stored_by_tiled"]
+__all__ = ["NPY", "NUMBERED_TIFF", "Resource", "StoredRows", "stored_by_tiled"]
+
+NPY = "application/x-npy"
+"""One NumPy file with frames (n, rows, columns), or (rows of the scan, columns, rows, columns)."""
+NUMBERED_TIFF = "application/x-numbered-tiff"
+"""TIFF files that differ by a number: `template`, and `first`, the number of index 0.
+
+For one that Tiled would keep file by file (``multipart/related;type=image/tiff``), it takes
+minutes to record a scan of 27 225 points.
+"""
 
 DATASET = "/entry/data/data"
 """Where area detectors write frames; their NeXus layout links it from elsewhere."""
@@ -38,7 +47,7 @@ _HDF5_SPECS = frozenset(
 _TIFF_SPECS = frozenset({"AD_TIFF"})
 _HDF5_TYPES = frozenset({"application/x-hdf5", "application/x-hdf"})
 _BY_TILED = "application/x-tiled-array"
-_TIFF_TYPES = frozenset({"multipart/related;type=image/tiff", "image/tiff"})
+_TIFF_TYPES = frozenset({"multipart/related;type=image/tiff", "image/tiff", NUMBERED_TIFF})
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +58,7 @@ class StoredRows:
     """File, e.g. "/data/scan_12.h5"; of a sequence with a field for the number, e.g.
     "/data/scan_12_{:06d}.tiff"."""
     dataset: str
-    """Dataset in the file, e.g. "/entry/data/data"; "" for TIFF."""
+    """Dataset in the file, e.g. "/entry/data/data"; "" for TIFF and NumPy."""
     row: int
     """First row, e.g. 0."""
     rows_per_point: int = 1
@@ -99,7 +108,7 @@ class Resource:
 
     def event(self, index: int, frames: int) -> StoredRows:
         """Return the rows of the event with this index, each of so many rows."""
-        rows = replace(self.rows, row=index * frames)
+        rows = replace(self.rows, row=self.rows.row + index * frames)
         if not self.sequence:
             return rows
         per_file = self.rows_per_file
@@ -169,9 +178,11 @@ def _parse(doc: Mapping[str, Any], root_map: Mapping[str, str]) -> Resource:
     location = _uri(doc["uri"], root_map) if "uri" in doc else _joined(doc, root_map)
     hdf5 = mimetype in _HDF5_TYPES or (not mimetype and spec.upper() in _HDF5_SPECS)
     tiff = mimetype in _TIFF_TYPES or (not mimetype and spec.upper() in _TIFF_SPECS)
+    if mimetype == NPY:
+        return Resource(StoredRows(location, "", 0), frames)
     if not (hdf5 or tiff):
         if mimetype or not spec:
-            raise ValueError(f"expected HDF5 or TIFF, found {mimetype or spec!r}")
+            raise ValueError(f"expected HDF5, TIFF or NumPy, found {mimetype or spec!r}")
         kwargs = json.dumps(dict(parameters), default=_plain)
         return Resource(StoredRows(location, "", 0), frames, spec=spec, kwargs=kwargs)
     dataset = ""
@@ -189,8 +200,9 @@ def _parse(doc: Mapping[str, Any], root_map: Mapping[str, str]) -> Resource:
     chunk: Sequence[Any] = parameters.get("chunk_shape") or ()
     # frames in a file: the chunk's, or one a file where area detectors count frames
     per_file = count_of(chunk[0]) if len(chunk) else int(frames > 0 or "uri" not in doc)
+    first = whole(parameters.get("first", 0)) * per_file
     return Resource(
-        StoredRows(_sequence(location, str(template), filename), dataset, 0),
+        StoredRows(_sequence(location, str(template), filename), dataset, first),
         frames,
         per_file,
         count_of(parameters.get("files_per_datum")),

@@ -6,11 +6,19 @@ from nanobeam_bluesky._lazy import lazy
 
 if TYPE_CHECKING:
     from nanobeam_bluesky.retrospective.analysis import Analysis, analyze
+    from nanobeam_bluesky.retrospective.ingestion import Ingested, ingest
     from nanobeam_bluesky.retrospective.runs import Query, find_catalog
 
-__all__ = ["Analysis", "Query", "analyze", "find_catalog"]
+__all__ = ["Analysis", "Ingested", "Query", "analyze", "find_catalog", "ingest"]
 
 __getattr__ = lazy(
     __name__,
-    {"Analysis": "analysis", "Query": "runs", "analyze": "analysis", "find_catalog": "runs"},
+    {
+        "Analysis": "analysis",
+        "Ingested": "ingestion",
+        "Query": "runs",
+        "analyze": "analysis",
+        "find_catalog": "runs",
+        "ingest": "ingestion",
+    },
 )

@@ -27,6 +27,7 @@ from tiled.server.settings import get_settings
 
 from nanobeam_bluesky.documents.roots import Roots
 from nanobeam_bluesky.tiled_adapters.confined import Confined, folders_of
+from nanobeam_bluesky.tiled_adapters.stacks import STACKS
 
 __all__ = [
     "MEDIA_TYPES",
@@ -130,7 +131,8 @@ def configuration(
     writable = [str(folder / "arrays"), f"sqlite:///{folder / 'tables.db'}"]
     readable = [str(folder / "frames"), *(str(Path(p).resolve()) for p in readable_storage)]
     runs = {"uri": f"sqlite:///{catalog}", "specs": [_RUNS]}
-    stored = runs | {"writable_storage": writable, "readable_storage": readable}
+    stored: dict[str, Any] = runs | {"writable_storage": writable, "readable_storage": readable}
+    stored["adapters_by_mimetype"] = dict(STACKS)  # Tiled puts classes in it
     viewed = runs | {"readable_storage": [*readable, *writable]}
     mapped: dict[str, Any] = {"root_map": dict(root_map)} if root_map else {}
     computed = {"compute": {"folder": str(folder / "computed")} | mapped} if compute else {}

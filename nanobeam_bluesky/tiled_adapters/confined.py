@@ -19,6 +19,7 @@ from tiled.utils import path_from_uri
 
 from nanobeam_bluesky.documents.formats import NeverError, NotYetError
 from nanobeam_bluesky.documents.roots import Roots
+from nanobeam_bluesky.tiled_adapters.stacks import FrameStack
 
 __all__ = ["Confined", "folders_of"]
 
@@ -70,6 +71,8 @@ def _confined(adapter: Any, mimetype: str, roots: Roots) -> Any:
             external = str(getattr(source.management, "value", source.management)) == "external"
             try:
                 for path in _paths(uris, roots):
+                    if issubclass(adapter, FrameStack):  # looks at each file itself
+                        continue
                     if external and os.path.isdir(path):
                         _check_folder(path, roots)
                     elif mimetype in _HDF5:
@@ -78,6 +81,8 @@ def _confined(adapter: Any, mimetype: str, roots: Roots) -> Any:
                 raise HTTPException(422, f"cannot be read: {error}") from None
             return super().from_catalog(source, node, **parameters)
 
+    if issubclass(adapter, FrameStack):
+        Within.roots = roots
     Within.__name__ = Within.__qualname__ = adapter.__name__
     return Within
 

@@ -26,7 +26,12 @@ from nanobeam_bluesky.documents import FrameReader, PointBlock, RunReferences, S
 from nanobeam_bluesky.documents.formats import NeverError, NotYetError
 from nanobeam_bluesky.documents.frames import ReadStatus
 from nanobeam_bluesky.documents.maps import axes
-from nanobeam_bluesky.documents.resources import Resource, count_of, stored_by_tiled
+from nanobeam_bluesky.documents.resources import (
+    NUMBERED_TIFF,
+    Resource,
+    count_of,
+    stored_by_tiled,
+)
 from nanobeam_bluesky.geometry import ROI, Geometry, GeometryError
 from nanobeam_bluesky.presets import Preset
 
@@ -480,7 +485,7 @@ class Scan:
         }
         if array.parameters.get("slice"):
             raise UnreadableError(f"{array.key} is a slice of a dataset, which is not supported")
-        if "tiff" in array.mimetype:
+        if "tiff" in array.mimetype and array.mimetype != NUMBERED_TIFF:
             yield from self._sequences(array, document)
             return
         first = 0

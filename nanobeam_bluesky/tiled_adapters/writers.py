@@ -14,6 +14,8 @@ from bluesky_tiled_plugins.writing.tiled_writer import _RunWriter
 from tiled.client.container import Container
 from tiled.client.utils import ClientError, retry_context
 
+from nanobeam_bluesky.tiled_adapters import stacks  # noqa: F401  tells TiledWriter of its formats
+
 __all__ = ["derived_writer", "raw_writer"]
 
 RAW_BATCH = 512
@@ -41,6 +43,14 @@ def raw_writer(client: Container, *, backup_directory: Path | str | None = None)
         patches={"descriptor": _frames_as_stack},
         backup_directory=None if backup_directory is None else str(backup_directory),
     )
+
+
+def whole_run_writer(client: Container) -> TiledWriter:
+    """Return a callback that records raw runs that are complete, each event page at once.
+
+    For documents of today's event-model, one frame an event as (rows, columns).
+    """
+    return DerivedWriter(client, normalizer=None)
 
 
 def derived_writer(client: Container) -> TiledWriter:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import logging
 import os
-import re
 import stat
 import threading
 import time
@@ -21,6 +20,13 @@ import h5py
 import numpy as np
 from event_model import compose_run
 
+from nanobeam_bluesky.documents.plain_files import (
+    KEY,
+    TIFF_SUFFIXES,
+    frame_datasets,
+    natural,
+    numbered,
+)
 from nanobeam_bluesky.transports.receiver import Take
 
 __all__ = ["FileWatch"]
@@ -30,10 +36,7 @@ logger = logging.getLogger("nanobeam_bluesky")
 POLL_SECONDS = 0.25
 CLOSED_SECONDS = 1.0
 """A file that has not grown for so long is tried for whether its writer has closed it."""
-KEY = "frames"
 _NAMESPACE = uuid.UUID("8f7c1a52-4c5e-4a43-9a0b-2f6f3a0d9c11")
-_TIFF = (".tif", ".tiff")
-_NUMBERED = re.compile(r"(.*?)(\d+)(\.\w+)$")
 
 
 class FileWatch:
@@ -102,7 +105,7 @@ class FileWatch:
                     found.append((os.path.abspath(path), found_here))
             except OSError:  # gone meanwhile
                 continue
-        return sorted(found, key=lambda item: _natural(item[0]))
+        return sorted(found, key=lambda item: natural(item[0]))
 
     def _poll(self, take: Take) -> None:
         now = time.monotonic()
@@ -112,7 +115,7 @@ class FileWatch:
                 continue
             self._seen[path] = status
             name, number = _run_of(path)
-            if number is None and path.lower().endswith(_TIFF):
+            if number is None and path.lower().endswith(TIFF_SUFFIXES):
                 logger.warning("%s: expected a number at the end of a TIFF's name", path)
             elif status.st_size and not self._is_done(name, path, status.st_ino):
                 self._run(name, path, status.st_ino, take).changed(path, number, now)
@@ -130,7 +133,7 @@ class FileWatch:
     def _is_done(self, name: str, path: str, now: int) -> bool:
         """Whether the run of a file was closed before; a new file of this name is a new run."""
         inode, whole = self._done.get(name, (None, True))
-        if inode is None or (inode != now and not path.lower().endswith(_TIFF)):
+        if inode is None or (inode != now and not path.lower().endswith(TIFF_SUFFIXES)):
             return False
         if not whole:
             self._done[name] = (inode, True)  # said once
@@ -143,7 +146,7 @@ class FileWatch:
 
     def _run(self, name: str, path: str, inode: int, take: Take) -> _Run:
         if name not in self._runs:
-            kind = _TIFFRun if path.lower().endswith(_TIFF) else _HDF5Run
+            kind = _TIFFRun if path.lower().endswith(TIFF_SUFFIXES) else _HDF5Run
             start = {
                 "plan_name": "watch",
                 "sample": Path(name).stem,
@@ -282,23 +285,14 @@ class _HDF5Run(_Run):
     def _find(self, file: h5py.File) -> h5py.Dataset | None:
         """Return the dataset of the frames, if it is there."""
         if self.dataset is None:
-            names: list[str] = []
-            file.visititems(
-                lambda name, item: (
-                    names.append(name)
-                    if isinstance(item, h5py.Dataset)
-                    and item.ndim == 3
-                    and item.dtype.kind in "uif"
-                    else None
-                )
-            )
+            names = frame_datasets(file)
             if len(names) > 1:
                 self.problem = f"it has several datasets of frames, {names}: say which by --dataset"
                 return None
             if not names:
                 self.problem = "it has no dataset of frames (n, rows, columns)"
                 return None
-            self.dataset = f"/{names[0]}"
+            self.dataset = names[0]
         found = file.get(self.dataset)
         if not isinstance(found, h5py.Dataset) or found.ndim != 3:
             self.problem = f"expected frames (n, rows, columns) at {self.dataset}, found {found}"
@@ -377,9 +371,9 @@ class _TIFFRun(_Run):
             return
         path = self.paths[number]
         folder, name = os.path.split(path)
-        match = _NUMBERED.match(name)
-        assert match is not None
-        head, digits, tail = (part.replace("{", "{{") for part in match.groups())
+        parts = numbered(name)
+        assert parts is not None
+        head, digits, tail = (part.replace("{", "{{") for part in parts)
         self.first = number
         frame = read_tiff(path, 0)
         self.open(
@@ -412,20 +406,15 @@ def _written(frames: h5py.Dataset, known: int) -> int:
 
 def _run_of(path: str) -> tuple[str, int | None]:
     """Return what a file's run is called, and for TIFF the file's number."""
-    if not path.lower().endswith(_TIFF):
+    if not path.lower().endswith(TIFF_SUFFIXES):
         return path, None
-    match = _NUMBERED.match(path)
-    if match is None:
+    parts = numbered(path)
+    if parts is None:
         return path, None
-    head, digits, tail = match.groups()
+    head, digits, tail = parts
     return f"{head}{tail}", int(digits)
 
 
 def _state(status: os.stat_result) -> tuple[int, int, int]:
     """What changes when a file is written, or another takes its place."""
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _natural(path: str) -> list[Any]:
-    """Sort img_2 before img_10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]

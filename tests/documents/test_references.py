@@ -322,7 +322,7 @@ def test_a_datum_before_its_resource_is_kept():
         ({"uri": "file://localhost/data/a%00.h5"}, "expected a path"),
         ({"uri": "a.h5"}, "absolute path"),
         ({"uri": None}, "file on this machine|absolute path"),
-        ({"mimetype": "text/csv"}, "expected HDF5 or TIFF, found 'text/csv'"),
+        ({"mimetype": "text/csv"}, "expected HDF5, TIFF or NumPy, found 'text/csv'"),
         ({"parameters": {}}, "name of a dataset"),
         ({"parameters": {"dataset": "d", "template": "{0.__class__}.h5"}}, "expected a number"),
         ({"parameters": {"dataset": "d", "template": "{:09999999d}.h5"}}, "expected a number"),
