@@ -81,14 +81,16 @@ def register(first: Mapping[str, Image], second: Mapping[str, Image]) -> Registe
     peak = float(gain[best])
     gain[tuple(around)] = 0
     rival = float(gain.max()) / peak if peak > 0 else 1.0
-    coarse = [float(i - n + 1) for i, n in zip(best, next(iter(pairs.values()))[0].shape, strict=True)]
+    coarse = [
+        float(i - n + 1) for i, n in zip(best, next(iter(pairs.values()))[0].shape, strict=True)
+    ]
     filled = {name: (a, *_filled(b)) for name, (a, b) in pairs.items()}
 
     def cost(drift: Any) -> float:
         found = _correlations(filled, float(drift[0]), float(drift[1]))
         return -float(sum(_gain(np.array(r), np.array(n)) for r, n in found.values()))
 
-    a, b = coarse
+    y, x = coarse
     fine = minimize(
         cost,
         coarse,
@@ -97,7 +99,7 @@ def register(first: Mapping[str, Image], second: Mapping[str, Image]) -> Registe
         options={
             "xatol": 2e-3,
             "fatol": 1e-4,
-            "initial_simplex": [[a, b], [a + 0.4, b + 0.1], [a - 0.1, b + 0.4]],
+            "initial_simplex": [[y, x], [y + 0.4, x + 0.1], [y - 0.1, x + 0.4]],
         },
     )
     row, col = (float(d) for d in fine.x)
