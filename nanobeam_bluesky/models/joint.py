@@ -76,9 +76,10 @@ class _Scan:
     counts: NDArray[np.float32]  # (m, ny, nx)
     light: NDArray[np.float32]  # (ny, nx), 0 for pixels to leave out
     at: NDArray[np.int64]  # (n,), which of them are the points'
+    apart: NDArray[np.float64]  # (n, 4), shared parameters where the scan looked, less the map's
 
     def select(self, which: NDArray[Any]) -> _Scan:
-        return replace(self, at=self.at[which])
+        return replace(self, at=self.at[which], apart=self.apart[which])
 
     def sums(self, which: NDArray[np.int64], *arrays: Floats) -> NDArray[np.float64]:
         """Fill what `_sums` fills; return −2 log likelihood, (n,)."""
@@ -137,6 +138,7 @@ def refine_together(
     *,
     fit: Sequence[str] = DEFAULT_FIT,
     used: Bools | None = None,
+    apart: NDArray[np.float64] | None = None,
 ) -> Together:
     """Maximise the Poisson likelihood of all patterns of a place, which share strain and tilts.
 
@@ -153,6 +155,9 @@ def refine_together(
         As of `refine`; no "blur".
     used
         (k, n), False for patterns to leave out, e.g. that are missing.
+    apart
+        (k, n, 3), strain, ω and χ where each scan has looked less those of the place that the
+        estimates are for, as far as they are known; counts where the scans agree better so.
 
     Returns
     -------
@@ -189,13 +194,16 @@ def refine_together(
         total[i] = checked.total
         light = (~mask).astype(np.float32)
         plan = continuous_plan(_regular(geometry))
-        scans.append(_Scan(plan, checked.counts, light, np.arange(n)))
+        scans.append(_Scan(plan, checked.counts, light, np.arange(n), np.zeros((n, 4))))
+    scans = _agreeing(scans, singles, used, apart)
     free = np.array([True, True, True, "thickness" in fit])
     background = "background" in fit
 
     own = np.stack([_own(single, background) for single in singles])
     film = geometries[0].thickness_nm
-    shared = np.stack([_shared(single, film, free[3]) for single in singles])
+    shared = np.stack(
+        [_shared(s, film, free[3]) - scan.apart for s, scan in zip(singles, scans, strict=True)]
+    )
     expected, disagreement, mean = _expect(scans, shared, own, singles, used, free, background)
     some = np.asarray(used.any(axis=0))
     begin = np.where(some[:, None], mean, [0.0, 0.0, 0.0, film])
@@ -230,6 +238,33 @@ def _regular(geometry: Geometry) -> Geometry:
     if isinstance(geometry.optics, RectangularPupil) and geometry.pupil_blur_px < LEAST_BLUR_PX:
         return geometry.model_copy(update={"pupil_blur_px": LEAST_BLUR_PX})
     return geometry
+
+
+def _agreeing(
+    scans: Sequence[_Scan],
+    singles: Sequence[Estimates],
+    used: Bools,
+    apart: NDArray[np.float64] | None,
+) -> list[_Scan]:
+    """Return the scans, apart where their own estimates agree better so."""
+    if apart is None:
+        return list(scans)
+    spread = np.zeros((2, apart.shape[1]))
+    for a, name in enumerate(_SHARED[:3]):
+        values = np.stack([getattr(single, name) for single in singles])
+        sigma = np.stack([getattr(single, f"{name}_sigma") for single in singles])
+        good = used & np.isfinite(values) & (sigma > 0)
+        weight = np.where(good, 1 / np.square(np.where(good, sigma, 1)), 0)
+        for j, known in enumerate((np.zeros_like(values), apart[..., a])):
+            there = np.where(good, values - known, 0)
+            mean = (weight * there).sum(axis=0) / np.maximum(weight.sum(axis=0), 1e-300)
+            spread[j] += (weight * (there - mean) ** 2).sum(axis=0)
+    better = spread[1] < spread[0]
+    kept = np.where(better[None, :, None], apart, 0)
+    return [
+        replace(scan, apart=np.pad(part, ((0, 0), (0, 1))))
+        for scan, part in zip(scans, kept, strict=True)
+    ]
 
 
 def _own(single: Estimates, background: bool) -> NDArray[np.float64]:
@@ -314,8 +349,9 @@ def _evaluate(
         np.zeros((k, n, 4, 4)),
     )
     for i, scan in enumerate(scans):
-        moved = _shifts(scan.plan, shared)
-        state.jacobian[i] = shift_derivatives(scan.plan, *shared.T[:3])
+        there = shared + scan.apart
+        moved = _shifts(scan.plan, there)
+        state.jacobian[i] = shift_derivatives(scan.plan, *there.T[:3])
         arrays = moved, state.own[i], state.information[i], state.score[i]
         state.height += scan.sums(np.flatnonzero(used[i]), *arrays)
     return state
@@ -524,7 +560,7 @@ def _judge(
     figures, together = np.zeros((k, n, 4)), np.zeros((k, n, 6))
     moments = deviance_moments()
     for i, scan in enumerate(scans):
-        moved, which = _shifts(scan.plan, state.shared), np.flatnonzero(used[i])
+        moved, which = _shifts(scan.plan, state.shared + scan.apart), np.flatnonzero(used[i])
         scan.goodness(which, moved, state.own[i], moments, figures[i], together[i])
     step, own_step, good, covariance = _solve(state, together, used, free, background, 0.0)
     raw = np.concatenate([np.einsum("knab,nb->kna", state.jacobian[..., free], step), own_step], 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,9 @@ def combine(
 
     Notes
     -----
-    Counts are not interpolated: of every scan the point that is nearest counts. The map's points
-    lie in the middle of these, `offset_row` and `offset_col` of a point away from the first
-    scan's. A scan whose drift is in doubt is not used. Of the others, what is flagged in a point
+    Counts are not interpolated: of every scan the point that is nearest counts, up to half a
+    point from the map's, and the model takes what strain and tilts change on this way, to first
+    order. The map's points lie in the middle of the scans'. A scan whose drift is in doubt is not used. Of the others, what is flagged in a point
     does not count there; where every scan has a misfit, all count.
     """
     choice = choice or AnalyzerChoice(fit=tuple(fit))
@@ -117,7 +118,7 @@ def combine(
     try:
         _check_together(scans, "thickness" in fit)
         for i, scan in enumerate(scans):
-            scan.analyze(choice, lambda part, i=i: progress("analysing", (i + part) / len(scans)))  # type: ignore[misc]
+            scan.analyze(choice, partial(_told, progress, i, len(scans)))
         found = (
             [_drift(scans[0], scan) for scan in scans] if drift is None else _given(drift, scans)
         )
@@ -138,6 +139,10 @@ def combine(
         units = Estimates.UNITS.get(name.removesuffix("_sigma_expected"), "")
         maps[name] = (("row", "col"), values.reshape(first.grid.scan.shape), {"units": units})
     return Combined(maps, _scans(scans, found, places, maps), documents)
+
+
+def _told(progress: Progress, i: int, k: int, part: float) -> None:
+    progress("analysing", (i + part) / k)
 
 
 # -------------------------------------------------------------------------- one scan
@@ -403,6 +408,8 @@ def _fit_all(
     chosen = [i for i in range(len(scans)) if places.used[i]]
     points = np.stack([_points(scans[i], places.nearest[i]) for i in chosen])
     geometries = [scans[i].geometry for i in chosen]
+    slopes = _slopes([scans[i] for i in chosen], points)  # (rows · columns, 3, 2)
+    apart = np.einsum("nax,kx->kna", slopes, places.offset[chosen])
     parts, more = [], []
     for first in range(0, points.shape[1], POINTS):
         part = points[:, first : first + POINTS]
@@ -416,7 +423,14 @@ def _fit_all(
         usable = np.stack(there) & (flags & _UNUSABLE == 0)
         sound = usable & (flags & Flag.MISFIT == 0)
         used = np.where(sound.any(axis=0), sound, usable)
-        together = refine_together(patterns, singles, geometries, fit=fit, used=used)
+        together = refine_together(
+            patterns,
+            singles,
+            geometries,
+            fit=fit,
+            used=used,
+            apart=apart[:, first : first + POINTS],
+        )
         parts.append(together.estimates)
         more.append(
             {"scans_used": together.scans_used}
@@ -426,6 +440,37 @@ def _fit_all(
         progress("fitting", (first + part.shape[1]) / points.shape[1])
     extra = {name: np.concatenate([m[name] for m in more]) for name in more[0]}
     return Estimates.concatenate(parts), extra
+
+
+def _slopes(scans: Sequence[_Scan], points: NDArray[np.int64]) -> NDArray[np.float64]:
+    """How strain, ω and χ change along rows and columns: per point, (n, 3, 2).
+
+    From the mean of the scans' own maps; 0 where it is not known.
+    """
+    shape = scans[0].grid.scan.shape
+    slopes = np.zeros((points.shape[1], 3, 2))
+    for a, name in enumerate(REGISTERED[1:]):
+        weights, sums = np.zeros(shape), np.zeros(shape)
+        for scan, numbers in zip(scans, points, strict=True):
+            single = scan.estimates.select(numbers)
+            sigma = getattr(single, f"{name}_sigma")
+            good = (single.flags == 0) & (sigma > 0)
+            weight = np.where(good, 1 / np.square(np.where(good, sigma, 1)), 0).reshape(shape)
+            weights += weight
+            sums += weight * np.where(good, getattr(single, name), 0).reshape(shape)
+        mean = np.where(weights > 0, sums / np.where(weights > 0, weights, 1), np.nan)
+        for axis in range(2):
+            steps = np.diff(mean, axis=axis)
+            nothing = np.full_like(np.take(mean, [0], axis), np.nan)
+            before, after = (
+                np.concatenate(parts, axis) for parts in ((nothing, steps), (steps, nothing))
+            )
+            before, after = (
+                np.where(np.isnan(before), after, before),
+                np.where(np.isnan(after), before, after),
+            )
+            slopes[:, a, axis] = np.nan_to_num((before + after) / 2).ravel()
+    return slopes
 
 
 # ------------------------------------------------------------------------------ results

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter, map_coordinates
+from scipy.ndimage import gaussian_filter, map_coordinates, minimum_filter, spline_filter
 from scipy.optimize import minimize
 from scipy.signal import correlate
 
@@ -17,8 +17,10 @@ Image = NDArray[np.floating[Any]]
 
 SIGNED = ("strain", "omega", "chi")
 """Maps that are the same at every angle; the intensity's contrast may turn over."""
-LEAST_QUALITY = 0.5
+LEAST_QUALITY = 0.7
+"""Below it a drift is in doubt, …"""
 MOST_RIVAL = 0.85
+"""… and where another one explains so much of what the best does."""
 
 _OVERLAP = 0.4  # of the points, at least
 _LEAST_POINTS = 12
@@ -84,11 +86,17 @@ def register(first: Mapping[str, Image], second: Mapping[str, Image]) -> Registe
     coarse = [
         float(i - n + 1) for i, n in zip(best, next(iter(pairs.values()))[0].shape, strict=True)
     ]
-    filled = {name: (a, *_filled(b)) for name, (a, b) in pairs.items()}
+    shared = {name: _Shared.of(x, y, coarse) for name, (x, y) in pairs.items()}
+
+    def correlations(drift: Any) -> dict[str, float]:
+        found = {name: s.correlation(drift) for name, s in shared.items()}
+        return {name: max(r, 0.0) if name in SIGNED else r for name, r in found.items()}
 
     def cost(drift: Any) -> float:
-        found = _correlations(filled, float(drift[0]), float(drift[1]))
-        return -float(sum(_gain(np.array(r), np.array(n)) for r, n in found.values()))
+        gains = (
+            _gain(np.array(r), np.array(shared[n].size)) for n, r in correlations(drift).items()
+        )
+        return -float(sum(gains))
 
     y, x = coarse
     fine = minimize(
@@ -103,7 +111,7 @@ def register(first: Mapping[str, Image], second: Mapping[str, Image]) -> Registe
         },
     )
     row, col = (float(d) for d in fine.x)
-    found = {name: r for name, (r, _) in _correlations(filled, row, col).items()}
+    found = correlations(fine.x)
     quality = float(np.sqrt(np.mean(np.square(list(found.values())))))
     return Registered(row, col, quality, rival, found)
 
@@ -155,22 +163,33 @@ def _correlation_surface(a: Image, b: Image, signed: bool) -> tuple[Image, Image
     return r, n
 
 
-def _filled(image: Image) -> tuple[Image, Image]:
-    """Return the image with 0, its mean, where it is missing, and 1 where it is not."""
-    return np.nan_to_num(image), np.isfinite(image).astype(float)
+class _Shared(NamedTuple):
+    """What is seen of both images wherever the fine drift may lie: always the same points."""
 
+    first: Image  # (n,)
+    at: NDArray[np.int64]  # (2, n), rows and columns
+    second: Image  # spline coefficients
 
-def _correlations(
-    pairs: Mapping[str, tuple[Image, Image, Image]], row: float, col: float
-) -> dict[str, tuple[float, int]]:
-    """Return of each map the correlation in the overlap, and of how many points."""
-    found = {}
-    for name, (a, b, seen) in pairs.items():
-        there = np.indices(a.shape) + np.array([row, col])[:, None, None]
-        use = np.isfinite(a) & (map_coordinates(seen, there, order=1, cval=0.0) > 0.999)
-        x, y = a[use], map_coordinates(b, there[:, use], order=3, mode="nearest")
-        r = 0.0
-        if x.size >= _LEAST_POINTS and np.ptp(x) > 0 and np.ptp(y) > 0:
-            r = float(np.corrcoef(x, y)[0, 1])
-        found[name] = (max(r, 0.0) if name in SIGNED else r, x.size)
-    return found
+    @classmethod
+    def of(cls, a: Image, b: Image, coarse: list[float]) -> _Shared:
+        inside = minimum_filter(np.isfinite(b).astype(np.uint8), 3, mode="constant")
+        row, col = np.nonzero(np.isfinite(a))
+        to = row + int(coarse[0]), col + int(coarse[1])
+        there = np.ones(len(row), np.bool_)
+        for index, n in zip(to, b.shape, strict=True):
+            there &= (index >= 0) & (index < n)
+        clipped = tuple(np.clip(i, 0, n - 1) for i, n in zip(to, b.shape, strict=True))
+        use = there & (inside[clipped] > 0)
+        at = np.stack([row, col])[:, use]
+        return cls(a[at[0], at[1]], at, spline_filter(np.nan_to_num(b), order=3, mode="nearest"))
+
+    @property
+    def size(self) -> int:
+        return self.first.size
+
+    def correlation(self, drift: Any) -> float:
+        if self.size < _LEAST_POINTS or np.ptp(self.first) == 0:
+            return 0.0
+        there = self.at + np.asarray(drift)[:, None]
+        second = map_coordinates(self.second, there, order=3, mode="nearest", prefilter=False)
+        return float(np.corrcoef(self.first, second)[0, 1]) if np.ptp(second) > 0 else 0.0
