@@ -466,15 +466,14 @@ def _sigmas(
     high = max(float(np.percentile(s, 99)) for s in finite)
     scale, unit = _engineering((low, high), units)
     bins = np.linspace(0.8 * low, 1.1 * high, 60) * scale
-    for s, name, style in zip(
-        finite,
-        ("best scan", "expected together", "together"),
-        ({"color": "0.6", "histtype": "stepfilled"}, {"color": "#d55e00", "histtype": "step"},
-         {"color": "C0", "histtype": "stepfilled", "alpha": 0.5}),
-        strict=True,
-    ):  # fmt: skip
-        median = _text(float(np.median(s)), (low, high), units)
-        ax.hist(s * scale, bins=bins.tolist(), label=f"{name}: {median}", linewidth=1.5, **style)
+    styles: tuple[dict[str, Any], ...] = (
+        {"color": "0.6", "histtype": "stepfilled", "label": "best scan"},
+        {"color": "#d55e00", "histtype": "step", "label": "expected together"},
+        {"color": "C0", "histtype": "stepfilled", "alpha": 0.5, "label": "together"},
+    )
+    for s, style in zip(finite, styles, strict=True):
+        style["label"] += f": {_text(float(np.median(s)), (low, high), units)}"
+        ax.hist(s * scale, bins=bins.tolist(), linewidth=1.5, **style)
     ax.legend(fontsize="small", title="median", title_fontsize="small")
     ax.set_title(f"How σ of {title[0].lower()}{title[1:]} shrinks", y=1.0)
     ax.set_xlabel(_plain(f"σ, {unit}" if unit else "σ"))

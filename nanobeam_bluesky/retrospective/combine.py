@@ -110,8 +110,10 @@ def combine(
     -----
     Counts are not interpolated: of every scan the point that is nearest counts, up to half a
     point from the map's, and the model takes what strain and tilts change on this way, to first
-    order. The map's points lie in the middle of the scans'. A scan whose drift is in doubt is not used. Of the others, what is flagged in a point
-    does not count there; where every scan has a misfit, all count.
+    order. The map's points lie in the middle of the scans'.
+
+    A scan whose drift is in doubt is not used. Of the others, what is flagged in a point does
+    not count there; where every scan has a misfit, all count.
     """
     choice = choice or AnalyzerChoice(fit=tuple(fit))
     scans = [_Scan(run, preset, roi, root_map or {}) for run in runs]
