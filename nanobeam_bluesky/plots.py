@@ -417,8 +417,8 @@ def plot_combination(
         panel.title(f"{_sigma_title(f'{field}_sigma')}, together")
         expected = maps[f"{field}_sigma_expected"].to_numpy()
         _sigmas(row[3], sigmas[best], expected, sigma, units, title)
-    for row in grid:
-        maps_of_row = row[1:] if row is grid[0] else row[:3]
+    for i, row in enumerate(grid):
+        maps_of_row = row[:3] if i else row[1:]
         for ax in maps_of_row:
             ax.set_xlabel(axes.label(1))
         maps_of_row[0].set_ylabel(axes.label(0))
@@ -474,7 +474,8 @@ def _sigmas(
     for s, style in zip(finite, styles, strict=True):
         style["label"] += f": {_text(float(np.median(s)), (low, high), units)}"
         ax.hist(s * scale, bins=bins.tolist(), linewidth=1.5, **style)
-    ax.legend(fontsize="small", title="median", title_fontsize="small")
+    ax.set_ylim(0, 1.5 * ax.get_ylim()[1])  # room for the legend
+    ax.legend(loc="upper right", fontsize="small", title="median", title_fontsize="small")
     ax.set_title(f"How σ of {title[0].lower()}{title[1:]} shrinks", y=1.0)
     ax.set_xlabel(_plain(f"σ, {unit}" if unit else "σ"))
     ax.set_ylabel("points")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
+from tiled.client.container import Container
 
 from nanobeam_bluesky.documents import (
     AnalyzerChoice,
@@ -22,7 +23,6 @@ from nanobeam_bluesky.documents import (
     ReadStatus,
     RunReferences,
     ScanGrid,
-    read_documents,
     to_maps,
 )
 from nanobeam_bluesky.documents.maps import axes
@@ -30,10 +30,10 @@ from nanobeam_bluesky.geometry import ROI
 from nanobeam_bluesky.models import DEFAULT_FIT, Analyzer, Estimates, Flag, refine_together
 from nanobeam_bluesky.presets import Preset
 from nanobeam_bluesky.retrospective.registration import Registered, register
+from nanobeam_bluesky.retrospective.runs import NoRunError, RawRun, raw_runs
 
 __all__ = ["Combined", "combine"]
 
-Documents = Iterable[tuple[str, Mapping[str, Any]]]
 Progress = Callable[[str, float], None]
 
 REGISTERED = ("counts", "strain", "omega", "chi")
@@ -70,8 +70,9 @@ class Combined:
 
 
 def combine(
-    runs: Iterable[Any],
+    runs: Any,
     *,
+    catalog: Container | None = None,
     preset: Preset | str | Path = "auto",
     roi: ROI | None = None,
     root_map: Mapping[str, str] | None = None,
@@ -85,9 +86,11 @@ def combine(
     Parameters
     ----------
     runs
-        Two or more: runs that `Query` finds, (name, document) pairs of a run, or a file of these.
-        Of a rocking series, each at its own angle of incidence (``delta_theta_deg``), or
-        repeats of one.
+        Two or more, as `raw_runs` takes them: uids, a query or its results, documents or files of
+        these. Of a rocking series, each at its own angle of incidence (``delta_theta_deg``),
+        or repeats of one; drift is against the first.
+    catalog
+        Where uids are looked up.
     preset, roi, root_map
         As for `NanobeamCallback`.
     fit
@@ -116,8 +119,12 @@ def combine(
     not count there; where every scan has a misfit, all count.
     """
     choice = choice or AnalyzerChoice(fit=tuple(fit))
-    scans = [_Scan(run, preset, roi, root_map or {}) for run in runs]
+    scans: list[_Scan] = []
     try:
+        for run in raw_runs(runs, catalog):
+            if isinstance(run, NoRunError):
+                raise run
+            scans.append(_Scan(run, preset, roi, root_map or {}))
         _check_together(scans, "thickness" in fit)
         for i, scan in enumerate(scans):
             scan.analyze(choice, partial(_told, progress, i, len(scans)))
@@ -154,11 +161,9 @@ class _Scan:
     """One raw run: where its patterns are, and its own estimates."""
 
     def __init__(
-        self, run: Any, preset: Preset | str | Path, roi: ROI | None, root_map: Mapping[str, str]
+        self, run: RawRun, preset: Preset | str | Path, roi: ROI | None, root_map: Mapping[str, str]
     ) -> None:
-        start, rest = _opened(run)
-        self.start = start
-        self.uid = str(start.get("uid", "?"))
+        start, self.start, self.uid = run.start, run.start, run.uid
         reasons = []
         for chosen in Preset.choices(preset):
             reason = chosen.mismatch(start)
@@ -167,7 +172,8 @@ class _Scan:
             reasons.append(f"{chosen.name}: {reason}")
         else:
             raise ValueError(f"run {self.short}: no preset matches: {'; '.join(reasons)}")
-        documents, fill = rest(chosen, root_map)
+        recorded, fill = run.recording(chosen, root_map)
+        documents = list(recorded)
         self.grid = ScanGrid(chosen.scan_metadata(start))
         scan = self.grid.scan
         self.problem = ""
@@ -280,26 +286,6 @@ class _Scan:
         flags = self.estimates.flags[self.point]
         hidden = flags & Flag.FRAME_MISSING if field in Estimates.DIAGNOSTICS else flags
         return np.where(hidden, np.nan, values)
-
-
-Rest = Callable[
-    [Preset, Mapping[str, str]], tuple[list[Any], Callable[[PointBlock, ROI], PointBlock]]
-]
-
-
-def _opened(run: Any) -> tuple[Mapping[str, Any], Rest]:
-    """Return the start document of a run, and what finds the others."""
-    if hasattr(run, "recording"):
-
-        def recorded(preset: Preset, root_map: Mapping[str, str]) -> Any:
-            documents, fill = run.recording(preset, root_map)
-            return list(documents), fill
-
-        return run.start, recorded
-    documents = list(read_documents(run) if isinstance(run, str | Path) else run)
-    if not documents or documents[0][0] != "start":
-        raise ValueError("a run without a start document: expected its (name, document) pairs")
-    return documents[0][1], lambda preset, root_map: (documents[1:], lambda block, roi: block)
 
 
 def _check_together(scans: Sequence[_Scan], any_thickness: bool) -> None:
