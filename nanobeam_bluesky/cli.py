@@ -487,7 +487,7 @@ def compare(
         _stop("say two runs to compare, or more", code=2)
     try:
         from nanobeam_bluesky.plots import plot_agreement
-        from nanobeam_bluesky.retrospective.compare import compare as compare_runs
+        from nanobeam_bluesky.retrospective.comparison import compare as compare_runs
         from nanobeam_bluesky.retrospective.runs import derived_runs
     except ImportError as error:
         _stop(f"{error}: nanobeam compare needs pip install 'nanobeam-bluesky[tiled]'", code=2)
@@ -513,7 +513,7 @@ def compare(
             figure = plot_agreement(
                 found.first, found.second, list(lines), names=found.names, lines=lines
             )
-            figure.savefig(path, dpi=150)
+            figure.savefig(path, dpi=120)
             _say(f"figure in {path}")
 
 
@@ -542,7 +542,7 @@ def combine(
         from nanobeam_bluesky.live import read_root_map
         from nanobeam_bluesky.models import DEFAULT_FIT
         from nanobeam_bluesky.plots import plot_combination
-        from nanobeam_bluesky.retrospective.combine import combine as combine_runs
+        from nanobeam_bluesky.retrospective.combination import combine as combine_runs
         from nanobeam_bluesky.retrospective.runs import (
             catalog_of_derived,
             find_catalog,
@@ -582,7 +582,7 @@ def combine(
         units = f" {maps[name].attrs['units']}".rstrip()
         _say(f"σ of {name}: {best:.3g}{units} of the best scan, {together:.3g}{units} of all")
     out.mkdir(parents=True, exist_ok=True)
-    plot_combination(maps, scans).savefig(out / "combined.png", dpi=150)
+    plot_combination(maps, scans).savefig(out / "combined.png", dpi=120)
     (out / "combined.csv").write_bytes(to_csv(maps))
     if target is not None:
         write = derived_writer(catalog_of_derived(target) or target)

@@ -6,8 +6,8 @@ from nanobeam_bluesky._lazy import lazy
 
 if TYPE_CHECKING:
     from nanobeam_bluesky.retrospective.analysis import Analysis, analyze
-    from nanobeam_bluesky.retrospective.combine import Combined, combine
-    from nanobeam_bluesky.retrospective.compare import Agreement, Comparison, compare
+    from nanobeam_bluesky.retrospective.combination import Combined, combine
+    from nanobeam_bluesky.retrospective.comparison import Agreement, Comparison, compare
     from nanobeam_bluesky.retrospective.runs import Query
 
 __all__ = [
@@ -24,13 +24,13 @@ __all__ = [
 __getattr__ = lazy(
     __name__,
     {
-        "Agreement": "compare",
+        "Agreement": "comparison",
         "Analysis": "analysis",
-        "Combined": "combine",
-        "Comparison": "compare",
+        "Combined": "combination",
+        "Comparison": "comparison",
         "Query": "runs",
         "analyze": "analysis",
-        "combine": "combine",
-        "compare": "compare",
+        "combine": "combination",
+        "compare": "comparison",
     },
 )
