@@ -28,7 +28,13 @@ ANGLES = (0.0, -0.1, -0.05, 0.05, 0.1)
 DRIFT = 10.0  # points, at most
 STEP = 0.05  # µm
 COUNTS, BACKGROUND = 6000.0, 0.02
-BASE = Geometry.published().model_copy(update={"pupil_blur_px": 0.5})
+BASE = Geometry.published().model_copy(
+    update={
+        "pupil_blur_px": 0.5,
+        "detector_shape": (128, 128),  # 0.7 GB on disk
+        "bragg_center_px": (64.0, 64.0),
+    }
+)
 GEOMETRIES = [BASE.model_copy(update={"delta_theta_deg": angle}) for angle in ANGLES]
 SYMBOLS = {"strain": "ε", "omega": "ω", "chi": "χ"}
 TIMED = 512  # patterns

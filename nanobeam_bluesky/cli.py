@@ -585,7 +585,8 @@ def combine(
     plot_combination(maps, scans).savefig(out / "combined.png", dpi=120)
     (out / "combined.csv").write_bytes(to_csv(maps))
     if target is not None:
-        write = derived_writer(catalog_of_derived(target) or target)
+        derived = catalog_of_derived(target)
+        write = derived_writer(target if derived is None else derived)  # an empty one is false
         for name, doc in combined.documents:
             write(name, doc)
         _say(f"derived run {maps.attrs['uid']}")

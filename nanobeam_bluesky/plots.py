@@ -390,11 +390,12 @@ def plot_combination(
     intensity.title("Counts, first scan")
     number = MapPanel(grid[0, 2], "scans_used", "", axes)
     number.show(maps["scans_used"].to_numpy().astype(float), limits=(0, float(used.sum())))
+    number.colorbar.set_ticks(range(int(used.sum()) + 1))
     number.title("Scans that count")
     apart = MapPanel(grid[0, 3], "disagreement", "", axes)
     apart.show(maps["disagreement"].to_numpy(), limits=(-5, 5))
     apart.image.set_cmap("RdBu_r")
-    apart.title("Scans disagree, σ from 0")
+    apart.title("Do the scans agree? (0 ± 1: yes)")
     for field, row in zip(fields, grid[1:], strict=True):
         units, title = str(maps[field].attrs.get("units", "")), _TITLES.get(field, field)
         sigmas = scans[f"{field}_sigma"].to_numpy()

@@ -172,7 +172,7 @@ class _Scan:
             reasons.append(f"{chosen.name}: {reason}")
         else:
             raise ValueError(f"run {self.short}: no preset matches: {'; '.join(reasons)}")
-        recorded, fill = run.recording(chosen, root_map)
+        recorded, self._fill = run.recording(chosen, root_map)
         documents = list(recorded)
         self.grid = ScanGrid(chosen.scan_metadata(start))
         scan = self.grid.scan
@@ -214,7 +214,7 @@ class _Scan:
             block = block.part(block.first, stop)
             if label == "frames":
                 self._block_of[block.first : stop] = len(self._blocks)
-                self._blocks.append(fill(block, self.geometry.roi))
+                self._blocks.append(block)
             else:
                 values, _, _ = self._reader.scalars(block)
                 self.positions[label][block.first : stop] = values
@@ -275,6 +275,11 @@ class _Scan:
             if not len(part) or (i := self._block_of[points[part[0]]]) < 0 or not points[part[0]]:
                 continue
             wanted = self._blocks[i].part(int(points[part[0]]), int(points[part[-1]]) + 1)
+            try:
+                wanted = self._fill(wanted, self.geometry.roi)
+            except Exception as error:  # of a server
+                problem = f"not to be had from Tiled: {type(error).__name__}: {error}"
+                wanted = replace(wanted, stored=None, problem=problem)
             patterns[part], saturated[part], status, reason = self._reader.patterns(wanted)
             there[part] = status == ReadStatus.OK
             self.problem = self.problem or reason

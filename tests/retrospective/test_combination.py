@@ -1,6 +1,5 @@
 """Scans of one area at several angles become one map."""
 
-import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +16,7 @@ from nanobeam_bluesky.physics import cramer_rao, fisher_information, forward
 from nanobeam_bluesky.plots import plot_combination
 from nanobeam_bluesky.retrospective import combine
 from nanobeam_bluesky.sim import Phantom, SimulatedSXDM, sxdm_fly
+from nanobeam_bluesky.tiled_adapters import open_catalog, raw_writer
 
 SHAPE = (16, 18)
 STEP = 0.05
@@ -152,7 +152,7 @@ def test_the_derived_run_is_valid_and_says_what_it_is_made_of(series):
 
 
 def test_the_figure_shows_drift_maps_and_how_sigma_shrinks(series):
-    figure = plot_combination(series.combined.maps, series.combined.scans)
+    figure = plot_combination(series.combined.maps, series.combined.scans, ["chi"])
     titles = [ax.get_title() for ax in figure.axes]
     assert "Drift (scan: Δθ)" in titles
     assert "How σ of tilt χ shrinks" in titles
@@ -202,16 +202,23 @@ def test_one_scan_alone_or_twice_is_refused(series):
         combine([series.runs[0], series.runs[0]])
 
 
-def test_the_command_writes_figure_table_and_derived_run(series, tmp_path):
-    paths = []
-    for i, run in enumerate(series.runs[:2]):
-        paths.append(tmp_path / f"{i}.jsonl")
-        paths[-1].write_text("\n".join(json.dumps([name, doc]) for name, doc in run))
+def test_the_command_finds_runs_in_a_catalogue_and_puts_the_derived_run_there(series, tmp_path):
+    catalog = open_catalog(tmp_path / "runs")
+    for run in series.runs[:2]:
+        write = raw_writer(catalog["raw"])
+        for name, doc in run:
+            write(name, doc)
+    uids = [run[0][1]["uid"] for run in series.runs[:2]]
     out = tmp_path / "out"
-    result = CliRunner().invoke(app, ["combine", *map(str, paths), "--out", str(out)])
+    arguments = ["combine", uids[0][:8], uids[1], "--catalog", str(tmp_path / "runs")]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(out)])
     assert result.exit_code == 0, result.output
     assert "σ of strain" in result.output
     assert (out / "combined.png").stat().st_size > 50_000
-    lines = (out / "combined.jsonl").read_text().splitlines()
-    maps = to_maps((json.loads(line)["name"], json.loads(line)["doc"]) for line in lines)
+    (derived,) = catalog["derived"].values()
+    assert derived.metadata["start"]["original_run_uid"] == uids[0]
+    maps = to_maps(derived)
     assert (maps.flags & Flag.FRAME_MISSING == 0).all()
+    rows = (out / "combined.csv").read_text().splitlines()
+    assert len(rows) > SHAPE[0] * SHAPE[1]
+    catalog.context.close()
