@@ -8,7 +8,7 @@ from nanobeam_bluesky.geometry import Geometry
 from nanobeam_bluesky.models import Analyzer, Estimates, Flag, refine, refine_together
 from nanobeam_bluesky.physics import fisher_information, forward
 
-ANGLES = (0.0, -0.1, 0.1)
+ANGLES = (0.0, -0.05, 0.05)
 BASE = Geometry.published().model_copy(
     update={"detector_distance_m": 0.425, "roi_shape": (64, 64), "pupil_blur_px": 0.5}
 )

@@ -21,7 +21,7 @@ from nanobeam_bluesky.tiled_adapters import open_catalog, raw_writer
 SHAPE = (16, 18)
 STEP = 0.05
 COUNTS, BACKGROUND = 6000, 0.02
-ANGLES = (0.0, -0.1, 0.1)
+ANGLES = (0.0, -0.05, 0.05)
 DRIFTS = ((0.0, 0.0), (2.4, -1.7), (-1.6, 3.3))
 BASE = Geometry.published().model_copy(
     update={
