@@ -75,7 +75,7 @@ class _Scan:
     plan: ContinuousPlan
     counts: NDArray[np.float32]  # (m, ny, nx)
     light: NDArray[np.float32]  # (ny, nx), 0 for pixels to leave out
-    at: NDArray[np.int64]  # (n,), which of them are the points'
+    at: NDArray[np.int64]  # (n,), which of them are the points
     apart: NDArray[np.float64]  # (n, 4), shared parameters where the scan looked, less the map's
 
     def select(self, which: NDArray[Any]) -> _Scan:

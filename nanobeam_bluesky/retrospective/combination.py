@@ -436,7 +436,7 @@ def _fit_all(
 
 
 def _slopes(scans: Sequence[_Scan], points: NDArray[np.int64]) -> NDArray[np.float64]:
-    """How strain, ω and χ change along rows and columns: per point, (n, 3, 2).
+    """Return how strain, ω and χ change along rows and columns: per point, (n, 3, 2).
 
     From the mean of the scans' own maps; 0 where it is not known.
     """
