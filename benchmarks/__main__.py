@@ -13,6 +13,7 @@ NAMES = [
     "pipeline",
     "serving",
     "load",
+    "combining",
     "soak",
 ]
 

@@ -554,6 +554,132 @@ def analyze(
 
 
 @app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(help="UIDs of derived or raw runs, or files of documents (JSON lines)."),
+    ],
+    catalog: Catalog = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for a figure of each comparison.")
+    ] = None,
+) -> None:
+    """Compare maps point by point: the first run's with each of the others'."""
+    if len(runs) < 2:
+        _stop("say two runs to compare, or more", code=2)
+    try:
+        from nanobeam_bluesky.plots import plot_agreement
+        from nanobeam_bluesky.retrospective.comparison import compare as compare_runs
+        from nanobeam_bluesky.retrospective.runs import derived_runs
+    except ImportError as error:
+        _stop(f"{error}: nanobeam compare needs pip install 'nanobeam-bluesky[tiled]'", code=2)
+    try:
+        first, *others = derived_runs(runs, catalog)
+        comparisons = [compare_runs(first, other) for other in others]
+    except ValueError as error:
+        _stop(str(error), code=2)
+    for found in comparisons:
+        columns = ("points", "r", "slope", "mean difference", "rms", "within 1σ", "within 2σ")
+        table = Table("", *columns, title=f"{found.names[1]} against {found.names[0]}")
+        for name, a in found.agreement.items():
+            units = str(found.first[name].attrs.get("units", ""))
+            within = [f"{w:.1%}" for w in a.within] if a.within else ["no σ", "no σ"]
+            values = (f"{a.points}", f"{a.r:.5f}", f"{a.slope:.4f}")
+            errors_of = (f"{a.mean:.3g} {units}", f"{a.rms:.3g} {units}")
+            table.add_row(name, *values, *errors_of, *within)
+        console.print(table)
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            path = out / f"{' and '.join(found.names)}.png".replace(" ", "-")
+            lines = {name: (a.slope, a.intercept, a.r) for name, a in found.agreement.items()}
+            figure = plot_agreement(
+                found.first, found.second, list(lines), names=found.names, lines=lines
+            )
+            figure.savefig(path, dpi=120)
+            _say(f"figure in {path}")
+
+
+@app.command()
+def combine(
+    runs: Annotated[
+        list[str], typer.Argument(help="UIDs of scans, or files of documents (JSON lines).")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for figure, maps and table of drifts.")],
+    catalog: Catalog = None,
+    to: Annotated[
+        str | None,
+        typer.Option(help="Folder, or server, that the derived run goes to; else the catalogue."),
+    ] = None,
+    preset: Annotated[
+        str, typer.Option(help="Preset, or path of one; auto: the first shipped that matches.")
+    ] = "auto",
+    root_map: RootMap = None,
+    thickness: Annotated[bool, typer.Option("--thickness", help="Unknown as well.")] = False,
+) -> None:
+    """Fit one strain and tilt per point to several scans of an area: angles, or repeats."""
+    # stored files are read
+    os.environ["HDF5_USE_FILE_LOCKING"] = "FALSE"
+    try:
+        from nanobeam_bluesky.export import to_csv
+        from nanobeam_bluesky.live import read_root_map
+        from nanobeam_bluesky.models import DEFAULT_FIT
+        from nanobeam_bluesky.plots import plot_combination
+        from nanobeam_bluesky.retrospective.combination import combine as combine_runs
+        from nanobeam_bluesky.retrospective.runs import (
+            catalog_of_derived,
+            find_catalog,
+            writable_catalog,
+        )
+        from nanobeam_bluesky.tiled_adapters import derived_writer
+    except ImportError as error:
+        _stop(f"{error}: nanobeam combine needs pip install 'nanobeam-bluesky[tiled]'", code=2)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    try:
+        found = find_catalog(catalog) if catalog is not None else None
+        target = writable_catalog(to) if to is not None else found
+        with ProgressBar(*columns, console=errors, transient=True) as bar:
+            task = bar.add_task("reading", total=1.0)
+            combined = combine_runs(
+                runs,
+                catalog=found,
+                preset=preset,
+                root_map=read_root_map(root_map or []),
+                fit=(*DEFAULT_FIT, "thickness") if thickness else DEFAULT_FIT,
+                progress=lambda what, part: bar.update(task, description=what, completed=part),
+            )
+    except ValueError as error:
+        _stop(str(error), code=2)
+    scans, maps = combined.scans, combined.maps
+    table = Table("scan", "Δθ, °", "drift, rows", "columns", "quality", "")
+    for i in range(scans.sizes["scan"]):
+        scan = scans.isel(scan=i)
+        used = "" if bool(scan["used"]) else "in doubt, not used"
+        drift = (f"{float(scan[f'drift_{axis}']):+.2f}" for axis in ("row", "col"))
+        angle = f"{float(scan['delta_theta_deg']):g}"
+        table.add_row(str(scan["run"].item())[:8], angle, *drift, f"{scan['quality']:.2f}", used)
+    console.print(table)
+    for name in ("strain", "omega", "chi"):
+        best = float(np.nanmin(scans[f"{name}_sigma"].median(("row", "col")).to_numpy()))
+        together = float(maps[f"{name}_sigma"].median())
+        units = f" {maps[name].attrs['units']}".rstrip()
+        _say(f"σ of {name}: {best:.3g}{units} of the best scan, {together:.3g}{units} of all")
+    out.mkdir(parents=True, exist_ok=True)
+    plot_combination(maps, scans).savefig(out / "combined.png", dpi=120)
+    (out / "combined.csv").write_bytes(to_csv(maps))
+    if target is not None:
+        derived = catalog_of_derived(target)
+        write = derived_writer(target if derived is None else derived)  # an empty one is false
+        for name, doc in combined.documents:
+            write(name, doc)
+        _say(f"derived run {maps.attrs['uid']}")
+    else:
+        lines = (json.dumps({"name": name, "doc": doc}) for name, doc in combined.documents)
+        (out / "combined.jsonl").write_text("\n".join(lines), "utf-8")
+    _say(f"figure and table in {out}")
+    raise typer.Exit(0 if bool(scans["used"].all()) else 1)
+
+
+@app.command()
 def serve(
     folder: Annotated[
         Path | None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ __all__ = [
     "label_outer",
     "new_figure",
     "own_figure",
+    "plot_agreement",
+    "plot_combination",
     "plot_comparison",
     "plot_image",
     "plot_maps",
@@ -264,6 +266,220 @@ def plot_comparison(
         ax.remove()
     label_outer(grid, axes)
     return figure
+
+
+def plot_agreement(
+    first: xr.Dataset,
+    second: xr.Dataset,
+    fields: Sequence[str] = ("strain", "omega", "chi"),
+    *,
+    names: tuple[str, str] = ("A", "B"),
+    lines: Mapping[str, tuple[float, float, float]] | None = None,
+    figure: Figure | None = None,
+) -> Figure:
+    """Draw two maps, their difference and their correlation, a row for each field.
+
+    As Figure 4 of Luo et al., Sci. Rep. (2025), doi 10.1038/s41598-025-97183-0, has it.
+
+    Parameters
+    ----------
+    first, second
+        As for `plot_maps`, of the same shape and in the same units.
+    fields
+        Which of them.
+    names
+        What the two are called.
+    lines
+        By field slope, intercept (in the field's unit) and Pearson's r of the correlation.
+    figure
+        Figure to draw in; a new one if absent.
+    """
+    axes = MapAxes.of(first)
+    figure = figure or new_figure(len(fields), 4, axes)
+    grid = figure.subplots(len(fields), 4, squeeze=False)
+    for field, row in zip(fields, grid, strict=True):
+        a, b = first[field].to_numpy(), second[field].to_numpy()
+        units = str(first[field].attrs.get("units", ""))
+        title = _TITLES.get(field, field)
+        both = np.isfinite(a) & np.isfinite(b)
+        limits = robust_limits(np.stack([a, b]), diverging=field in _DIVERGING)
+        for ax, image, name in zip(row, (a, b), names, strict=False):
+            panel = MapPanel(ax, field, units, axes)
+            panel.show(image, limits=limits)
+            panel.title(f"{title}: {name}")
+        difference = MapPanel(row[2], field, units, axes, diverging=True)
+        difference.title("no point in common")
+        if both.any():
+            apart = (b - a)[both]
+            difference.show(b - a, limits=_symmetric(apart, 0.0))
+            rms = _text(float(np.sqrt(np.mean(apart**2))), difference.limits, units)
+            difference.title(f"{names[1]} − {names[0]}\nrms {rms}")
+            _correlation(row[3], a[both], b[both], limits, units, names, (lines or {}).get(field))
+        for ax in row[1:3]:
+            ax.sharey(row[0])
+            ax.tick_params(labelleft=False)
+        row[0].set_ylabel(axes.label(0))
+        for ax in row[:3]:
+            ax.set_xlabel(axes.label(1))
+    return figure
+
+
+def _correlation(
+    ax: Axes,
+    a: NDArray[np.float64],
+    b: NDArray[np.float64],
+    limits: tuple[float, float] | None,
+    units: str,
+    names: tuple[str, str],
+    line: tuple[float, float, float] | None,
+) -> None:
+    """Draw how often each pair of values occurs, beside equality and a fitted line."""
+    assert limits is not None
+    margin = 0.05 * (limits[1] - limits[0])
+    scale, unit = _engineering(limits, units)
+    ends = np.array([limits[0] - margin, limits[1] + margin]) * scale
+    # so few points that most cells would hold one are better seen as points
+    if a.size < 1000:
+        ax.plot(a * scale, b * scale, ".", markersize=4, alpha=0.6, color="C0")
+    else:
+        cells = ax.hist2d(
+            a * scale, b * scale, bins=64, range=[ends, ends], norm=LogNorm(), cmap="viridis"
+        )
+        beside = ax.inset_axes((1.03, 0.0, 0.05, 1.0))
+        bar = ax.figure.colorbar(cells[3], cax=beside)
+        bar.ax.set_title("points", fontsize="medium", loc="left", y=1.05)
+    ax.plot(ends, ends, color="0.4", linewidth=1, linestyle="--", label="equal")
+    title = ""
+    if line is not None:
+        slope, intercept, r = line
+        ax.plot(ends, slope * ends + intercept * scale, color="#d55e00", linewidth=1, label="fit")
+        title = f"r = {r:.4g}, slope {slope:.4g}"
+    ax.legend(loc="upper left", fontsize="small", framealpha=0.8)
+    ax.set(xlim=ends, ylim=ends, aspect="equal")
+    ax.set_title(title, y=1.0)
+    ax.set_xlabel(_plain(f"{names[0]}, {unit}" if unit else names[0]))
+    ax.set_ylabel(_plain(f"{names[1]}, {unit}" if unit else names[1]))
+
+
+def plot_combination(
+    maps: xr.Dataset,
+    scans: xr.Dataset,
+    fields: Sequence[str] = ("strain", "omega", "chi"),
+    *,
+    figure: Figure | None = None,
+) -> Figure:
+    """Draw how scans have drifted, what they give together, and how σ has shrunk.
+
+    Parameters
+    ----------
+    maps, scans
+        As of `retrospective.combine`.
+    fields
+        Which of them, a row for each: of the best single scan, of all together, their σ, and
+        how often which σ occurs.
+    figure
+        Figure to draw in; a new one if absent.
+    """
+    axes = MapAxes.of(maps)
+    figure = figure or new_figure(len(fields) + 1, 4, axes)
+    grid = figure.subplots(len(fields) + 1, 4, squeeze=False)
+    _drifts(grid[0, 0], scans)
+    used = np.asarray(scans["used"], dtype=bool)
+    intensity = MapPanel(grid[0, 1], "counts", "counts", axes)
+    intensity.show(scans["counts"][0].to_numpy())
+    intensity.title("Counts, first scan")
+    number = MapPanel(grid[0, 2], "scans_used", "", axes)
+    number.show(maps["scans_used"].to_numpy().astype(float), limits=(0, float(used.sum())))
+    number.colorbar.set_ticks(range(int(used.sum()) + 1))
+    number.title("Scans that count")
+    apart = MapPanel(grid[0, 3], "disagreement", "", axes)
+    apart.show(maps["disagreement"].to_numpy(), limits=(-5, 5))
+    apart.image.set_cmap("RdBu_r")
+    apart.title("Do the scans agree? (0 ± 1: yes)")
+    for field, row in zip(fields, grid[1:], strict=True):
+        units, title = str(maps[field].attrs.get("units", "")), _TITLES.get(field, field)
+        sigmas = scans[f"{field}_sigma"].to_numpy()
+        typical = [np.nanmedian(s) if u and np.isfinite(s).any() else np.inf
+                   for s, u in zip(sigmas, used, strict=True)]  # fmt: skip
+        best = int(np.argmin(typical))
+        together = maps[field].to_numpy()
+        limits = robust_limits(together, diverging=field in _DIVERGING)
+        angle = float(scans["delta_theta_deg"][best])
+        for ax, image, what in (
+            (row[0], scans[field][best].to_numpy(), f"best scan (Δθ = {angle:g}°)"),
+            (row[1], together, "together"),
+        ):
+            panel = MapPanel(ax, field, units, axes)
+            panel.show(image, limits=limits)
+            panel.title(f"{title}: {what}")
+        sigma = maps[f"{field}_sigma"].to_numpy()
+        panel = MapPanel(row[2], f"{field}_sigma", units, axes)
+        panel.show(sigma)
+        panel.title(f"{_sigma_title(f'{field}_sigma')}, together")
+        expected = maps[f"{field}_sigma_expected"].to_numpy()
+        _sigmas(row[3], sigmas[best], expected, sigma, units, title)
+    for i, row in enumerate(grid):
+        maps_of_row = row[:3] if i else row[1:]
+        for ax in maps_of_row:
+            ax.set_xlabel(axes.label(1))
+        maps_of_row[0].set_ylabel(axes.label(0))
+    return figure
+
+
+def _drifts(ax: Axes, scans: xr.Dataset) -> None:
+    """Draw where the features of the first scan are in the others."""
+    row, col = scans["drift_row"].to_numpy(), scans["drift_col"].to_numpy()
+    used = np.asarray(scans["used"], dtype=bool)
+    ax.plot(col, row, "-", color="0.8", linewidth=1)
+    ax.plot(col[used], row[used], "o", color="C0", label="used")
+    if not used.all():
+        ax.plot(col[~used], row[~used], "x", color="#d55e00", label="in doubt, not used")
+        ax.legend(fontsize="small")
+    places: dict[tuple[float, float], list[str]] = {}
+    for i, angle in enumerate(scans["delta_theta_deg"].to_numpy()):
+        place = (round(float(col[i]), 1), round(float(row[i]), 1))
+        places.setdefault(place, []).append(f"{i + 1}: {angle:+.3g}°" if angle else f"{i + 1}: 0°")
+    for place, texts in places.items():
+        ax.annotate(
+            ", ".join(texts), place, textcoords="offset points", xytext=(6, 5), fontsize="small"
+        )
+    ax.margins(0.25)
+    ax.set_aspect("equal", adjustable="datalim")
+    ax.set_title("Drift (scan: Δθ)", y=1.0)
+    ax.set_xlabel("columns, points")
+    ax.set_ylabel("rows, points")
+
+
+def _sigmas(
+    ax: Axes,
+    single: NDArray[np.float64],
+    expected: NDArray[np.float64],
+    together: NDArray[np.float64],
+    units: str,
+    title: str,
+) -> None:
+    """Draw how often which σ occurs."""
+    finite = [s[np.isfinite(s) & (s > 0)] for s in (single, expected, together)]
+    if not all(s.size for s in finite):
+        ax.set_axis_off()
+        return
+    low = min(float(np.percentile(s, 1)) for s in finite)
+    high = max(float(np.percentile(s, 99)) for s in finite)
+    scale, unit = _engineering((low, high), units)
+    bins = np.linspace(0.8 * low, 1.1 * high, 60) * scale
+    styles: tuple[dict[str, Any], ...] = (
+        {"color": "0.6", "histtype": "stepfilled", "label": "best scan"},
+        {"color": "#d55e00", "histtype": "step", "label": "expected together"},
+        {"color": "C0", "histtype": "stepfilled", "alpha": 0.5, "label": "together"},
+    )
+    for s, style in zip(finite, styles, strict=True):
+        style["label"] += f": {_text(float(np.median(s)), (low, high), units)}"
+        ax.hist(s * scale, bins=bins.tolist(), linewidth=1.5, **style)
+    ax.set_ylim(0, 1.5 * ax.get_ylim()[1])  # room for the legend
+    ax.legend(loc="upper right", fontsize="small", title="median", title_fontsize="small")
+    ax.set_title(f"How σ of {title[0].lower()}{title[1:]} shrinks", y=1.0)
+    ax.set_xlabel(_plain(f"σ, {unit}" if unit else "σ"))
+    ax.set_ylabel("points")
 
 
 def robust_limits(values: NDArray[Any], *, diverging: bool = False) -> tuple[float, float] | None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         calibrate,
     )
     from nanobeam_bluesky.models.correlation import CorrelationLibrary, correlation_fit
+    from nanobeam_bluesky.models.joint import Together, refine_together
     from nanobeam_bluesky.models.networks import NanobeamNN, SeparableNet
     from nanobeam_bluesky.models.refinement import refine
     from nanobeam_bluesky.models.search import library_search
@@ -43,10 +44,12 @@ __all__ = [
     "NanobeamNN",
     "Sensitivity",
     "SeparableNet",
+    "Together",
     "calibrate",
     "correlation_fit",
     "library_search",
     "refine",
+    "refine_together",
     "sensitivity",
 ]
 
@@ -66,10 +69,12 @@ __getattr__ = lazy(
         "NanobeamNN": "networks",
         "Sensitivity": "systematics",
         "SeparableNet": "networks",
+        "Together": "joint",
         "calibrate": "calibration",
         "correlation_fit": "correlation",
         "library_search": "search",
         "refine": "refinement",
+        "refine_together": "joint",
         "sensitivity": "systematics",
     },
 )

@@ -61,12 +61,12 @@ _THICKNESS_RANGE = (0.25, 4.0)  # of the geometry's
 _BLUR_NODES = (0.7, 0.9, 1.1, 1.3)  # blurs that are computed, of the geometry's; cubic between
 
 # A valid pattern passes each with 99.9 %, a better one than the must of all together
-_LARGEST_DEVIANCE = 4.0
-_LARGEST_PIXEL = 30.0  # deviance of one: 5.5 σ
-_LEAST_SIGNAL = 6.0  # scale in σ beside background: below, a fit to nothing is no surprise
-_LARGEST_SCORE = 3.3  # of the thickness, in σ …
-_THICKNESS_OFF = 0.1  # … where it also is off by this part
-_MODEL_ERROR = 0.05  # no misfit below this root mean square error of the model
+LARGEST_DEVIANCE = 4.0
+LARGEST_PIXEL = 30.0  # deviance of one: 5.5 σ
+LEAST_SIGNAL = 6.0  # scale in σ beside background: below, a fit to nothing is no surprise
+LARGEST_SCORE = 3.3  # of the thickness, in σ …
+THICKNESS_OFF = 0.1  # … where it also is off by this part
+MODEL_ERROR = 0.05  # no misfit below this root mean square error of the model
 
 _JUMP = 8.0  # farther from the start, in σ of both, is no surprise only for a bad start
 _WIDE_PX = 0.25  # σ of shift_x from which the likelihood may have other maxima along it
@@ -77,7 +77,7 @@ _GROWTHS = np.linspace(1e-3, 1, 500)  # of steps, …
 _REACHES = np.sinh(_ASIDE * _GROWTHS) / _GROWTHS  # … with which they reach so many of the first
 _LOST_PX = 50.0  # σ beyond which a shift is not known at all
 _LEAD = 4.0  # deviance by which another must be better: the start knew something, too
-_LEAST_BLUR_PX = 0.25  # of straight edges: sharper, they have a maximum in every pixel column
+LEAST_BLUR_PX = 0.25  # of straight edges: sharper, they have a maximum in every pixel column
 _CLOSE_CALL = 10.0  # log likelihood by which the library's first choice must lead the second
 
 
@@ -165,8 +165,8 @@ def refine_checked(
     n = len(counts)
     if start is not None and len(start) != n:
         raise ValueError(f"start has {len(start)} points for {n} patterns")
-    if isinstance(geometry.optics, RectangularPupil) and geometry.pupil_blur_px < _LEAST_BLUR_PX:
-        geometry = geometry.model_copy(update={"pupil_blur_px": _LEAST_BLUR_PX})
+    if isinstance(geometry.optics, RectangularPupil) and geometry.pupil_blur_px < LEAST_BLUR_PX:
+        geometry = geometry.model_copy(update={"pupil_blur_px": LEAST_BLUR_PX})
     lit = (total >= MIN_COUNTS) & ~broken
     plan = continuous_plan(geometry)
 
@@ -457,11 +457,11 @@ def _estimates(
         normalised = excess / np.sqrt(spread)
         sigma = np.where(variance > 0, np.sqrt(variance), np.nan)
     misfit = (
-        ((normalised > _LARGEST_DEVIANCE) & (excess > _MODEL_ERROR**2 * total))
-        | (largest > _LARGEST_PIXEL)
-        | ((np.abs(score) > _LARGEST_SCORE) & (np.abs(change) > _THICKNESS_OFF))
+        ((normalised > LARGEST_DEVIANCE) & (excess > MODEL_ERROR**2 * total))
+        | (largest > LARGEST_PIXEL)
+        | ((np.abs(score) > LARGEST_SCORE) & (np.abs(change) > THICKNESS_OFF))
     )
-    faint = signal < _LEAST_SIGNAL
+    faint = signal < LEAST_SIGNAL
     flags = np.where(lit & ~faint, 0, int(Flag.FEW_COUNTS))
     flags |= np.where(lit & ~fitted.converged, int(Flag.NOT_CONVERGED), 0)
     flags |= np.where(lit & misfit, int(Flag.MISFIT), 0)

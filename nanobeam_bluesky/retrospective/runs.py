@@ -30,9 +30,11 @@ __all__ = [
     "Recording",
     "catalog_of_derived",
     "catalog_of_raw",
+    "derived_runs",
     "find_catalog",
     "find_derived",
     "raw_runs",
+    "writable_catalog",
 ]
 
 
@@ -235,6 +237,31 @@ def find_derived(catalog: Container, uid: str) -> Any:
         what = "several derived runs" if len(own) > 1 else "no derived run with maps"
         raise NoRunError(f"{what} of {uid}: say its whole uid, or analyse the raw run first")
     return max(complete, key=_rank)
+
+
+def derived_runs(names: Sequence[str], catalog: str | None) -> list[Any]:
+    """Return derived runs as `to_maps` takes them: uids in a catalogue, or files of documents.
+
+    Raises
+    ------
+    ValueError
+        If there is no such run or catalogue.
+    """
+    client = find_catalog(catalog) if catalog is not None else None
+    found: list[Any] = []
+    for name in names:
+        if Path(name).is_file():
+            found.append(list(read_documents(name)))
+        elif client is None:
+            raise NoRunError(f"{name}: no such file; for a UID say with --catalog where it is")
+        else:
+            found.append(find_derived(client, name))
+    return found
+
+
+def writable_catalog(to: str | Path) -> Container:
+    """Connect to a catalogue that results go to: a server, or a folder, made if missing."""
+    return find_catalog(to) if "://" in str(to) else open_catalog(to)
 
 
 def _rank(run: Any) -> tuple[bool, bool, float]:
