@@ -43,8 +43,9 @@ from nanobeam_bluesky.retrospective.runs import (
     catalog_of_derived,
     find_catalog,
     raw_runs,
+    writable_catalog,
 )
-from nanobeam_bluesky.tiled_adapters import derived_writer, open_catalog
+from nanobeam_bluesky.tiled_adapters import derived_writer
 from nanobeam_bluesky.tiled_adapters.scans import UnreadableError
 
 __all__ = ["Analysis", "analyze"]
@@ -83,8 +84,8 @@ class Analysis:
     """How long it took."""
     documents: tuple[tuple[str, Mapping[str, Any]], ...] = field(default=(), repr=False)
     """Of the derived run, where these are not written anywhere."""
-    node: Any = field(default=None, repr=False)
-    """Tiled's client of the derived run."""
+    catalog: Container | None = field(default=None, repr=False)
+    """Where the derived run is."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.raw_uid, self.derived_uid, self.status))
@@ -102,10 +103,12 @@ class Analysis:
         ValueError
             If there are none.
         """
-        if self.node is None and not self.documents:
+        if self.derived_uid is None:
             raise ValueError(f"run {self.raw_uid[:8]} has no maps: {self.status} {self.reason}")
         with _here():
-            return to_maps(self.documents or self.node)
+            if self.catalog is None:
+                return to_maps(self.documents)
+            return to_maps(self.catalog[self.derived_uid])
 
 
 def analyze(
@@ -169,7 +172,9 @@ def analyze(
     choice = AnalyzerChoice(analyzer, on_missing_model, tuple(fit), calibrate, device)
     presets = Preset.choices(preset)
     where = find_catalog(catalog) if isinstance(catalog, str | Path) else catalog
-    target = _writable(to) if isinstance(to, str | Path) else to
+    target = writable_catalog(to) if isinstance(to, str | Path) else to
+    derived = None if target is None else catalog_of_derived(target)
+    derived = target if derived is None else derived
     if workers is not None and scheduler is not None:
         raise ValueError("give either workers or scheduler")
     pool: Pool = (
@@ -180,7 +185,7 @@ def analyze(
         else Workers(workers)
     )
     session = _Session(
-        pool, presets, target, choice, roi, dict(root_map or {}), redo, dry_run, progress
+        pool, presets, derived, choice, roi, dict(root_map or {}), redo, dry_run, progress
     )
     try:
         yield from session.work(raw_runs(runs, where))
@@ -191,10 +196,6 @@ def analyze(
 def _here() -> Any:
     """Keep Tiled's client from reading by way of a Dask cluster that the user works with."""
     return dask.config.set(scheduler="synchronous")
-
-
-def _writable(to: str | Path) -> Container:
-    return find_catalog(to) if "://" in str(to) else open_catalog(to)
 
 
 @dataclass
@@ -230,7 +231,7 @@ class _Job:
             return self.pending
         result = partial(Analysis, self.run.uid, start=self.run.start)
         if self.done is not None:
-            return result(self.done.metadata["start"]["uid"], "done", node=self.done)
+            return result(self.done.metadata["start"]["uid"], "done", catalog=self.target)
         starts, stops = ([d for n, d in self.documents if n == w] for w in ("start", "stop"))
         derived, stop = starts[0], stops[-1] if stops else {}
         if "shape" not in derived:
@@ -245,7 +246,7 @@ class _Job:
             model=model_of(settings),
             seconds=time.monotonic() - self.began,
             documents=() if self.target is not None else tuple(self.documents),
-            node=None if self.target is None else self.target[derived["uid"]],
+            catalog=self.target,
         )
 
 
@@ -366,11 +367,8 @@ class _Session:
 
     def _target_of(self, run: RawRun) -> Container | None:
         """Return where the results of a run are."""
-        if self.target is not None:
-            found = catalog_of_derived(self.target)
-            return self.target if found is None else found
-        if run.node is None:
-            return None
+        if self.target is not None or run.node is None:
+            return self.target
         above = "/".join(run.node.path_parts[:-1])
         if above not in self.targets:
             self.targets[above] = catalog_of_derived(run.node)

@@ -223,7 +223,8 @@ def find_derived(catalog: Container, uid: str) -> Any:
     NoRunError
         If there is none, or several raw runs or derived runs have such a uid.
     """
-    derived = catalog_of_derived(catalog) or catalog
+    found = catalog_of_derived(catalog)
+    derived = catalog if found is None else found  # which may be empty
     own = list(derived.search(PartialUID(uid)).values().head(2))
     if len(own) == 1 and _is_derived(own[0].metadata["start"]):
         return own[0]
@@ -264,10 +265,12 @@ def writable_catalog(to: str | Path) -> Container:
     return find_catalog(to) if "://" in str(to) else open_catalog(to)
 
 
-def _rank(run: Any) -> tuple[bool, bool, float]:
-    stop = run.metadata.get("stop") or {}
+def _rank(run: Any) -> tuple[bool, bool, bool, float]:
+    """Order derived runs: complete ones, closed ones, those of this scan alone, newer ones."""
+    start, stop = run.metadata["start"], run.metadata.get("stop") or {}
     status = stop.get("exit_status")
-    return status == "success", status is not None, run.metadata["start"]["time"]
+    alone = "runs" not in start["nanobeam"].get("analyzer", {})
+    return status == "success", status is not None, alone, start["time"]
 
 
 def _is_derived(start: Mapping[str, Any]) -> bool:
@@ -409,7 +412,7 @@ def _recorded(run: Any, wanted: set[str], root_map: Mapping[str, str]) -> Iterat
 
     Whatever other files hold comes by way of Tiled.
     """
-    for name, stream in run.items():
+    for name, stream in _children(run):
         metadata = _plain(stream.metadata)
         keys = metadata.get("data_keys")
         if not isinstance(keys, Mapping):
@@ -420,7 +423,7 @@ def _recorded(run: Any, wanted: set[str], root_map: Mapping[str, str]) -> Iterat
         yield "descriptor", {"object_keys": owned} | metadata | {"name": name, "uid": name}
         numbers: list[int] = []
         arrays = []
-        for key, child in stream.base.include_data_sources().items():
+        for key, child in _children(stream):
             if child.structure_family == StructureFamily.table and TABLE.fullmatch(key):
                 some = set(child.columns) & (set(keys) if name == "baseline" else wanted)
                 table = child.read(sorted(some | {"seq_num"}))
@@ -444,6 +447,17 @@ def _recorded(run: Any, wanted: set[str], root_map: Mapping[str, str]) -> Iterat
                 numbers = numbers or list(range(1, item.events + 1))
                 data = {item.key: [v if len(v) > 1 else v[0] for v in values.tolist()]}
                 yield "event_page", {"descriptor": name, "seq_num": numbers, "data": data}
+
+
+def _children(node: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what is in a node, with data sources, by one request."""
+    base = Container(
+        node.context,
+        item=node.item,
+        structure_clients=node.structure_clients,
+        include_data_sources=True,
+    )
+    yield from base.items()
 
 
 def _are_here(item: Recorded, root_map: Mapping[str, str]) -> bool:

@@ -123,14 +123,24 @@ class _PageRunWriter(_RunWriter):
             super().descriptor(doc)
 
     def event_page(self, doc: Any) -> None:
-        super().event_page(doc)
+        """Write a page, column by column: the numbers of derived runs need no rows between."""
         stream = self._desc_nodes[doc["descriptor"]]
         name = stream.item["id"]
-        rows = self._internal_data_cache[name]
-        if self._resumed and name in self._internal_tables:
-            rows = _missing(rows, self._internal_tables[name])
-        self._internal_data_cache[name] = []
-        self._write_internal_data(rows, desc_node=stream)
+        times = {f"ts_{key}": values for key, values in doc["timestamps"].items()}
+        table = pyarrow.table(
+            {"seq_num": doc["seq_num"], "time": doc["time"]} | doc["data"] | times
+        )
+        if name not in self._internal_tables:
+            self._internal_tables[name] = stream.create_appendable_table(
+                schema=table.schema,
+                key=_TABLE,
+                metadata={k: v for k, v in self.data_keys.items() if k in doc["data"]},
+                access_tags=self.access_tags,
+            )
+        elif self._resumed:
+            table = _missing(table, self._internal_tables[name])
+        if table.num_rows:
+            self._append_with_retry(self._internal_tables[name], table, name)
 
     def _append_with_retry(self, df_client: Any, table: Any, desc_name: str) -> None:
         """Append rows; once, also where the server has done so and not said it."""
@@ -142,10 +152,13 @@ class _PageRunWriter(_RunWriter):
                 raise
             for attempt in retry_context():
                 with attempt:
-                    rows = _missing(table.to_pylist(), df_client)
-                    if rows:
-                        part = pyarrow.Table.from_pylist(rows, schema=table.schema)
-                        df_client.append_partition(0, part)
+                    table = _missing(table, df_client)
+                    if table.num_rows:
+                        df_client.append_partition(0, table)
+
+    def _close_stream_tree(self) -> None:
+        if not hasattr(self.client.context.http_client, "app"):  # one of this process has no others
+            super()._close_stream_tree()
 
     def stop(self, doc: Any) -> None:
         if self._resumed and self.root_node.metadata.get("stop"):
@@ -153,11 +166,12 @@ class _PageRunWriter(_RunWriter):
         super().stop(doc)
 
 
-def _missing(rows: list[dict[str, Any]], table: Any) -> list[dict[str, Any]]:
+def _missing(rows: pyarrow.Table, table: Any) -> pyarrow.Table:
     """Return the rows that a table does not have; a point comes again with another time."""
     there = table.read(["seq_num", "time"])
     known = set(zip(there["seq_num"].tolist(), there["time"].tolist(), strict=True))
-    return [row for row in rows if (row["seq_num"], row["time"]) not in known]
+    wanted = zip(rows["seq_num"].to_pylist(), rows["time"].to_pylist(), strict=True)
+    return rows.filter(pyarrow.array([row not in known for row in wanted], pyarrow.bool_()))
 
 
 def _frames_as_stack(descriptor: Any) -> Any:
