@@ -14,7 +14,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nanobeam_bluesky.documents.pipeline import RunPipeline
-from nanobeam_bluesky.documents.processing import AnalyzerChoice, Processed, Task
+from nanobeam_bluesky.documents.processing import (
+    THREADS,
+    AnalyzerChoice,
+    Processed,
+    Task,
+)
 from nanobeam_bluesky.geometry import Geometry
 from nanobeam_bluesky.worker import Arrays, Message, decode_processed, encode_task, receive, send
 
@@ -84,6 +89,8 @@ class WorkerClient:
         return None if self._process is None else self._process.pid
 
     # ----------------------------------------------------------------- Executor
+
+    in_flight = THREADS + 1
 
     def open(self, pipeline: RunPipeline, geometry: Geometry, choice: AnalyzerChoice) -> None:
         """Have the worker prepare for a run."""

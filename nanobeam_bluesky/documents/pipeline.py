@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from nanobeam_bluesky.documents.derived_run import DerivedRun, failed_run
 from nanobeam_bluesky.documents.frames import ReadStatus
-from nanobeam_bluesky.documents.processing import THREADS, AnalyzerChoice, Processed, Task
+from nanobeam_bluesky.documents.processing import AnalyzerChoice, Processed, Task
 from nanobeam_bluesky.documents.references import PointBlock, RunReferences, StoredRows
 from nanobeam_bluesky.documents.resources import count_of
 from nanobeam_bluesky.documents.scan_grid import ScanGrid
@@ -32,7 +32,7 @@ from nanobeam_bluesky.geometry import ROI, Geometry, GeometryError
 from nanobeam_bluesky.models import Estimates, Flag
 from nanobeam_bluesky.presets import MissingMetadataError, Preset
 
-__all__ = ["Executor", "RunPipeline", "Tally"]
+__all__ = ["Earlier", "Executor", "RunPipeline", "Tally"]
 
 logger = logging.getLogger("nanobeam_bluesky")
 
@@ -40,8 +40,6 @@ PAGE_POINTS = 512
 PAGE_SECONDS = 0.5
 TASK_POINTS = 256
 """Points of one task: enough to fill batches, short enough for the display."""
-TASKS_IN_FLIGHT = THREADS + 1
-"""One waits while the others are worked on, so that the worker never does."""
 CALIBRATION_POINTS = 256
 """Points that a calibration waits for, if the scan has as many."""
 RETRY_SECONDS = (0.1, 0.2, 0.5, 1.0)
@@ -57,6 +55,10 @@ Emit = Callable[[str, dict[str, Any]], None]
 
 class Executor(Protocol):
     """Runs tasks, at once or elsewhere, and hands the answers to the pipeline."""
+
+    @property
+    def in_flight(self) -> int:
+        """How many tasks of a run it takes: some wait, so that who works never does."""
 
     def open(self, pipeline: RunPipeline, geometry: Geometry, choice: AnalyzerChoice) -> None:
         """Prepare; answers with `RunPipeline.opened` or `RunPipeline.fail`."""
@@ -78,6 +80,19 @@ class Tally:
     points_flagged: int = 0
     errors: int = 0
     last_error: str = ""
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What an earlier attempt has left: arrays of length n."""
+
+    points: NDArray[np.int64]
+    """Point numbers."""
+    estimates: Estimates
+    positions: dict[str, NDArray[np.float64]]
+    """Of each scan motor."""
+    complete: bool = False
+    """Whether nothing is left to do: the run is not derived again."""
 
 
 @dataclass
@@ -111,6 +126,11 @@ class RunPipeline:
         Counts are added to it.
     root_map
         Folders of the documents' paths → where they are mounted here.
+    earlier
+        Says, once it is known how a run is analysed, what of it was done before.
+    pages
+        A page leaves when so many points are ready, or so many seconds after the first; by
+        default `PAGE_POINTS` and `PAGE_SECONDS`.
     """
 
     def __init__(
@@ -124,6 +144,8 @@ class RunPipeline:
         roi: ROI | None = None,
         tally: Tally | None = None,
         root_map: Mapping[str, str] | None = None,
+        earlier: Callable[[DerivedRun], Earlier | None] | None = None,
+        pages: tuple[int, float] | None = None,
     ) -> None:
         self.key = str(uuid.uuid4())
         self.start = start
@@ -151,6 +173,9 @@ class RunPipeline:
         self._in_flight: dict[int, tuple[Task, list[_Pending]]] = {}
         self._positions: dict[str, dict[int, PointBlock]] = {}
         self._versions = np.zeros(1, dtype=np.uint32)
+        self._earlier = earlier
+        self._known: NDArray[np.int64] = np.zeros(0, np.int64)
+        self._pages = pages or (PAGE_POINTS, PAGE_SECONDS)
         self._buffer: list[tuple[NDArray[np.int64], Estimates, dict[str, NDArray[Any]]]] = []
         self._buffered_since = 0.0
         self._spool: tempfile.TemporaryDirectory[str] | None = None
@@ -210,12 +235,25 @@ class RunPipeline:
         """The executor is ready: the derived run begins, once the geometry is calibrated."""
         if self.closed or self._geometry is None or self._grid is None or self._choice.calibrate:
             return
+        if self._derived is not None:  # another process of the executor
+            return
         settings = {**settings, **self._calibration}
         self._derived = DerivedRun(
             self.start, self._geometry, self._grid, settings, self._motor_units()
         )
+        earlier = self._earlier(self._derived) if self._earlier else None
+        if earlier is not None and earlier.complete:
+            self._release()
+            return
         for name, doc in self._derived.open():
             self._emit(name, doc)
+        if earlier is not None and len(earlier.points):
+            self._known = np.sort(earlier.points)
+            self._buffer.append((earlier.points, earlier.estimates, earlier.positions))
+            self._flush()
+            pending, self._pending = list(self._pending), deque()
+            for entry in pending:
+                self._pending.extend(_parts(entry, ~self._is_known(entry.block, entry.version)))
 
     def processed(self, done: Processed) -> None:
         """An answer of the executor."""
@@ -247,7 +285,7 @@ class RunPipeline:
         if self._derived is None:
             self._submit_calibration(now)
             return
-        while len(self._in_flight) < TASKS_IN_FLIGHT:
+        while len(self._in_flight) < self._executor.in_flight:
             task = self._next_task(now)
             if task is None:
                 break
@@ -255,9 +293,8 @@ class RunPipeline:
         buffered = sum(len(points) for points, _, _ in self._buffer)
         idle = not (self._pending or self._retries or self._in_flight)
         ending = self._raw_stop is not None and idle
-        if buffered and (
-            ending or buffered >= PAGE_POINTS or now - self._buffered_since >= PAGE_SECONDS
-        ):
+        points, seconds = self._pages
+        if buffered and (ending or buffered >= points or now - self._buffered_since >= seconds):
             self._flush()
         if ending:
             self._close(*self._outcome())
@@ -288,6 +325,11 @@ class RunPipeline:
         # asked for by other threads: copy first, at once
         in_flight = [e for _, entries in list(self._in_flight.values()) for e in entries]
         return sum(e.block.count for e in (*self._pending, *self._retries, *in_flight))
+
+    @property
+    def derived(self) -> DerivedRun | None:
+        """The derived run, once it is known how the run is analysed."""
+        return self._derived
 
     @property
     def queue_bytes(self) -> int:
@@ -388,8 +430,12 @@ class RunPipeline:
         if block.nbytes and block.nbytes + self.queue_bytes > SPOOL_BYTES:
             block = self._spooled(block)
         # points of a rewound row have another version than the rest: split there
-        edges = [0, *(np.flatnonzero(np.diff(versions)) + 1).tolist(), block.count]
+        known = self._is_known(block, versions)
+        changes = (np.diff(versions) != 0) | (np.diff(known) != 0)
+        edges = [0, *(np.flatnonzero(changes) + 1).tolist(), block.count]
         for a, b in pairwise(edges):
+            if known[a]:
+                continue
             part, version = block.part(block.first + a, block.first + b), int(versions[a])
             last = self._pending[-1] if self._pending else None
             joined = last.block.joined(part) if last and last.version == version else None
@@ -397,6 +443,11 @@ class RunPipeline:
                 last.block = joined
             else:
                 self._pending.append(_Pending(part, version, now))
+
+    def _is_known(self, block: PointBlock, versions: Any) -> NDArray[np.bool_]:
+        """Say which points an earlier attempt has: not those announced again since."""
+        known = np.isin(np.arange(block.first, block.stop), self._known)
+        return np.asarray(known & (versions == 1))
 
     def _position(self, motor: str, block: PointBlock) -> None:
         self._positions[motor].update(dict.fromkeys(range(block.first, block.stop), block))
@@ -548,8 +599,9 @@ class RunPipeline:
         self._buffer = []
         distinct, from_end = np.unique(points[::-1], return_index=True)
         order = len(points) - 1 - from_end
-        for i in range(0, len(distinct), PAGE_POINTS):
-            chosen = order[i : i + PAGE_POINTS]
+        points_per_page = self._pages[0]
+        for i in range(0, len(distinct), points_per_page):
+            chosen = order[i : i + points_per_page]
             page = self._derived.page(
                 points[chosen],
                 estimates.select(chosen),

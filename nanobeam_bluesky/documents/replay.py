@@ -23,6 +23,8 @@ POLL_SECONDS = 0.02
 class _Inline:
     """Executor that works at once."""
 
+    in_flight = 1
+
     def __init__(self, roots: Roots | None) -> None:
         self._processor = Processor(roots)
 

@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
-__all__ = ["Resource", "StoredRows"]
+__all__ = ["Resource", "StoredRows", "stored_by_tiled"]
 
 DATASET = "/entry/data/data"
 """Where area detectors write frames; their NeXus layout links it from elsewhere."""
@@ -37,6 +37,7 @@ _HDF5_SPECS = frozenset(
 )
 _TIFF_SPECS = frozenset({"AD_TIFF"})
 _HDF5_TYPES = frozenset({"application/x-hdf5", "application/x-hdf"})
+_BY_TILED = "application/x-tiled-array"
 _TIFF_TYPES = frozenset({"multipart/related;type=image/tiff", "image/tiff"})
 
 
@@ -124,6 +125,16 @@ class Resource:
         return rows if dataset == rows.dataset else replace(rows, dataset=dataset), frames
 
 
+def stored_by_tiled(uid: str, key: str, frames_per_event: int) -> dict[str, Any]:
+    """Return the resource of values that only Tiled can read: who asked for them fills them in."""
+    return {
+        "uid": uid,
+        "data_key": key,
+        "mimetype": _BY_TILED,
+        "parameters": {"multiplier": frames_per_event},
+    }
+
+
 def whole(value: Any, least: int = 0) -> int:
     """Return a whole number of at least `least`, which is not a truth value.
 
@@ -151,9 +162,11 @@ def count_of(value: Any) -> int:
 def _parse(doc: Mapping[str, Any], root_map: Mapping[str, str]) -> Resource:
     spec = str(doc.get("spec", "")).strip()
     parameters: Mapping[str, Any] = doc.get("parameters") or doc.get("resource_kwargs") or {}
-    location = _uri(doc["uri"], root_map) if "uri" in doc else _joined(doc, root_map)
     frames = count_of(parameters.get("multiplier", parameters.get("frame_per_point")))
     mimetype = str(doc.get("mimetype", "")).replace(" ", "")
+    if mimetype == _BY_TILED:
+        return Resource(StoredRows("", str(doc["data_key"]), 0), frames)
+    location = _uri(doc["uri"], root_map) if "uri" in doc else _joined(doc, root_map)
     hdf5 = mimetype in _HDF5_TYPES or (not mimetype and spec.upper() in _HDF5_SPECS)
     tiff = mimetype in _TIFF_TYPES or (not mimetype and spec.upper() in _TIFF_SPECS)
     if not (hdf5 or tiff):

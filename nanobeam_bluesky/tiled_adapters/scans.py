@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from tiled.ndslice import NDSlice
 from tiled.structures.core import StructureFamily
 
-from nanobeam_bluesky.documents import FrameReader, PointBlock, RunReferences, ScanGrid, StoredRows
+from nanobeam_bluesky.documents import FrameReader, PointBlock, RunReferences, ScanGrid
 from nanobeam_bluesky.documents.formats import NeverError, NotYetError
 from nanobeam_bluesky.documents.frames import ReadStatus
 from nanobeam_bluesky.documents.maps import axes
-from nanobeam_bluesky.documents.resources import Resource, count_of
+from nanobeam_bluesky.documents.resources import Resource, count_of, stored_by_tiled
 from nanobeam_bluesky.geometry import ROI, Geometry, GeometryError
 from nanobeam_bluesky.presets import Preset
 
@@ -63,8 +63,29 @@ class Recorded:
     """Addresses of the files, in order; none where Tiled stores it."""
     mimetype: str
     parameters: Mapping[str, Any]
-    array: Any
-    """Tiled's adapter of what it stores itself."""
+    is_in_files: bool = True
+    """Whether it is not in Tiled's own storage."""
+    array: Any = None
+    """What reads it by way of Tiled, by ``read(NDSlice)``."""
+
+    @classmethod
+    def of(cls, stream: str, key: str, source: Any, one: Sequence[int]) -> Recorded:
+        """Make it from Tiled's data source; `one` is the shape of one event's values."""
+        shape = tuple(source.structure.shape)
+        stacked = len(shape) > len(one) or list(one) in ([], [1])
+        external = str(getattr(source.management, "value", source.management)) == "external"
+        assets = [a for a in source.assets if a.parameter in ("data_uri", "data_uris")]
+        return cls(
+            stream,
+            key,
+            shape[0] if stacked else shape[0] // int(one[0]),
+            shape,
+            source.structure.data_type.to_numpy_dtype(),
+            tuple(a.data_uri for a in sorted(assets, key=lambda a: a.num or 0)),
+            source.mimetype,
+            dict(source.parameters),
+            external,
+        )
 
     @property
     def frames_per_event(self) -> int:
@@ -101,26 +122,11 @@ async def recorded(run: Any, wanted: set[str]) -> AsyncIterator[tuple[str, Any]]
                 numbers = table["seq_num"].tolist()
                 yield "event_page", {"descriptor": name, "seq_num": numbers, "data": data}
             elif node.structure_family == StructureFamily.array and key in keys:
-                yield "recorded", await _recorded(name, key, node, keys[key].get("shape") or [])
-
-
-async def _recorded(stream: str, key: str, node: Any, one: Sequence[int]) -> Recorded:
-    (source,) = await node.data_sources(include_assets=True)
-    shape = tuple(source.structure.shape)
-    stacked = len(shape) > len(one) or list(one) in ([], [1])
-    external = str(getattr(source.management, "value", source.management)) == "external"
-    assets = [a for a in source.assets if a.parameter in ("data_uri", "data_uris")]
-    return Recorded(
-        stream,
-        key,
-        shape[0] if stacked else shape[0] // int(one[0]),
-        shape,
-        source.structure.data_type.to_numpy_dtype(),
-        tuple(a.data_uri for a in sorted(assets, key=lambda a: a.num or 0)) if external else (),
-        source.mimetype,
-        dict(source.parameters),
-        None if external else await node.get_adapter(),
-    )
+                (source,) = await node.data_sources(include_assets=True)
+                item = Recorded.of(name, key, source, keys[key].get("shape") or [])
+                if not item.is_in_files:
+                    item = replace(item, array=await node.get_adapter())
+                yield "recorded", item
 
 
 # ---------------------------------------------------------------------------- the scan
@@ -226,7 +232,7 @@ class Scan:
         out = np.full(shape, blank, self.dtype)
         flat = out.reshape(-1, *shape[2:])
         for where, block in self._stretches(rows, cols):
-            frames, status, reason = self._reader.frames(self._filled(block, roi), roi)
+            frames, status, reason = self._reader.frames(self.filled(block, roi), roi)
             ok = self._ok(status, reason)
             if frames is not None and ok.any():
                 if not np.can_cast(frames.dtype, self.dtype, "safe"):
@@ -328,7 +334,7 @@ class Scan:
         assert geometry is not None
 
         def read(block: PointBlock) -> tuple[NDArray[np.float32], NDArray[np.int8], str]:
-            filled = self._filled(block, geometry.roi)
+            filled = self.filled(block, geometry.roi)
             patterns, _, status, reason = self._reader.patterns(filled, geometry)
             return patterns, status, reason
 
@@ -341,10 +347,10 @@ class Scan:
                 reading += ((s, pool.submit(read, s[1])) for s in islice(stretches, 1))
                 yield where, block, *found.result()
 
-    def _filled(self, block: PointBlock, roi: ROI) -> PointBlock:
-        """Return a block with its values where Tiled itself stores these."""
+    def filled(self, block: PointBlock, roi: ROI) -> PointBlock:
+        """Return a block with its values, cut to `roi`, where Tiled itself stores these."""
         source = self._frames
-        if source is None or source.array is None or block.stored is None:
+        if source is None or source.array is None or block.stored is None or block.stored.path:
             return block
         k = block.stored.rows_per_point
         first, stop = block.stored.row, block.stored.row + block.count * k
@@ -441,9 +447,6 @@ class Scan:
             for a, b in zip([0, *cuts.tolist()], [*cuts.tolist(), array.events], strict=True)
             if b > a
         ]
-        if array.array is not None:
-            self._stored_by_tiled(array, runs)
-            return
         for resource, offset, first, stop_at in self._resources(array):
             self._put("stream_resource", resource)
             for a, b, seq_num in runs:
@@ -460,21 +463,12 @@ class Scan:
                         },
                     )
 
-    def _stored_by_tiled(self, array: Recorded, runs: Sequence[tuple[int, int, int]]) -> None:
-        points = self._references.points_per_event
-        per_event = array.frames_per_event
-        if per_event % points:
-            raise UnreadableError(f"{points} points do not share {per_event} frames equally")
-        k = per_event // points
-        for a, b, seq_num in runs:
-            stored = StoredRows("", array.key, a * per_event, rows_per_point=k)
-            first = (seq_num - 1) * points + 1
-            count = min((b - a) * points, self.grid.num_points + 1 - first)
-            if count > 0:
-                self._add("frames", PointBlock(first, count, stored))
-
     def _resources(self, array: Recorded) -> Iterator[tuple[dict[str, Any], int, int, int]]:
         """Yield documents of files, what to add to an event's number in them, and the events."""
+        if array.array is not None:
+            uid = f"{array.stream}/{array.key}"
+            yield stored_by_tiled(uid, array.key, array.frames_per_event), 0, 0, array.events
+            return
         if not array.files:
             return
         document = {

@@ -701,6 +701,8 @@ class Ready:
         self.reader = FrameReader(geometry)
         pipeline.opened(self.analyzer.settings)
 
+    in_flight = 3
+
     def submit(self, pipeline, task):
         pipeline.processed(processing._process(task, self.analyzer, self.reader))
 

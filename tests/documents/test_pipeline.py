@@ -36,6 +36,8 @@ class Inline:
     def open(self, pipeline, geometry, choice):
         pipeline.opened(self.processor.open(pipeline.key, geometry, choice))
 
+    in_flight = 3
+
     def submit(self, pipeline, task):
         self.tasks.append(task)
         pipeline.processed(self.processor.process(task))
