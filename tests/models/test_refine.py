@@ -196,7 +196,6 @@ def plain_deviance(counts, expected, slopes):
         ("mirrors", 30_000, ("thickness", "blur")),
     ],
 )
-@pytest.mark.usefixtures("one_torch_thread")
 # of torch's own forward differentiation
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 def test_estimates_sigma_and_deviance_equal_a_plain_fit(optics, counts, more):

@@ -3,14 +3,12 @@
 import json
 
 import numpy as np
-import pytest
 from safetensors.torch import load_file
 
 from nanobeam_bluesky.models.universal import UniversalNet
 from nanobeam_bluesky.training.universal import train_universal
 
 
-@pytest.mark.usefixtures("one_torch_thread")
 def test_training_goes_on_where_it_ended(tmp_path, monkeypatch):
     monkeypatch.setattr("nanobeam_bluesky.training.universal._TRIED", 2)
     (before,) = train_universal(tmp_path, steps=2, geometries=16)
