@@ -96,7 +96,7 @@ def test_wrong_usage_ends_with_2_and_the_reason(nanobeam, arguments, words):
 def test_train_specialises_and_stores_the_network_of_a_start_document(nanobeam, tmp_path):
     document = start_document(thickness_nm=20.0)
     (tmp_path / "start.json").write_text(json.dumps(document))
-    options = ("--start", tmp_path / "start.json", "--steps", "2", "--counts", "4000", "4000")
+    options = ("--start", tmp_path / "start.json", "--steps", "1", "--counts", "4000", "4000")
     text = nanobeam("train", *options)
     geometry = Geometry.from_start(document)
     assert f"{geometry.fingerprint()}, specialised from the shipped network" in text
