@@ -184,22 +184,13 @@ def _catalogued(uid: str, catalog: str) -> Iterator[tuple[str, Mapping[str, Any]
     """Documents of a run in a catalogue, as far as a check needs them."""
     try:
         from bluesky_tiled_plugins.queries import PartialUID
-        from tiled.client import from_profile, from_uri
 
-        from nanobeam_bluesky.tiled_adapters import open_catalog
+        from nanobeam_bluesky.retrospective.runs import catalog_of_raw, find_catalog
     except ImportError as error:
         raise ValueError(f"{error}: pip install 'nanobeam-bluesky[tiled]'") from None
-    if Path(catalog).is_dir():
-        if not (Path(catalog) / "catalog.db").is_file():
-            raise ValueError(f"--catalog {catalog}: no catalogue in this folder")
-        client = open_catalog(catalog)
-    else:
-        try:
-            client = from_uri(catalog) if "://" in catalog else from_profile(catalog)
-        except Exception as error:  # of httpx, or of the profile's parser
-            raise ValueError(f"--catalog {catalog}: {error}") from None
+    client = find_catalog(catalog)
     try:
-        runs = client.get("raw", client)
+        runs = catalog_of_raw(client)
         found = [runs[uid]] if uid in runs else list(runs.search(PartialUID(uid)).values())
         if len(found) != 1:
             raise ValueError(f"--run {uid}: {len(found)} such runs in {catalog}")

@@ -61,6 +61,13 @@ GeometryFile = Annotated[
     Path | None, typer.Option(help="Geometry (TOML, the names of the nanobeam block).")
 ]
 Preset = Annotated[str, typer.Option(help="Preset, or path of one, for --start.")]
+Catalog = Annotated[
+    str | None, typer.Option(help="Folder of runs, address of a Tiled server, or its profile.")
+]
+RootMap = Annotated[
+    list[str] | None,
+    typer.Option(help="A folder of the documents and where it is mounted here: OLD=NEW."),
+]
 Store = Annotated[
     Path | None, typer.Option(help="Folder of the networks; default in NANOBEAM_HOME.")
 ]
@@ -275,10 +282,7 @@ def check(
     preset: Annotated[
         str, typer.Option(help="Preset, or path of one; auto: the first shipped that matches.")
     ] = "auto",
-    catalog: Annotated[
-        str | None,
-        typer.Option(help="Where to look a UID up: folder, address of a Tiled server, or profile."),
-    ] = None,
+    catalog: Catalog = None,
     plot: Annotated[
         Path | None, typer.Option(help="Picture of the simulated and the mean measured pattern.")
     ] = None,
@@ -326,10 +330,7 @@ def live(
     preset: Annotated[
         str, typer.Option(help="Preset, or path of one; auto: the first shipped that matches.")
     ] = "auto",
-    root_map: Annotated[
-        list[str] | None,
-        typer.Option(help="A folder of the documents and where it is mounted here: OLD=NEW."),
-    ] = None,
+    root_map: RootMap = None,
     analyzer: Annotated[
         str, typer.Option(help="auto or refine; or, quicker, network or correlation alone.")
     ] = "auto",
@@ -380,6 +381,97 @@ def live(
 
 
 @app.command()
+def analyze(
+    runs: Annotated[
+        list[str] | None, typer.Argument(help="UIDs, or files of documents (JSON lines).")
+    ] = None,
+    catalog: Catalog = None,
+    plan_name: Annotated[str | None, typer.Option(help="Only runs of this plan.")] = None,
+    since: Annotated[
+        str | None,
+        typer.Option(help="Only runs since 2026-11, or '2026-11-23 05:00'."),
+    ] = None,
+    until: Annotated[str | None, typer.Option(help="Only runs before.")] = None,
+    scan_id: Annotated[list[int] | None, typer.Option(help="Its number; repeatable.")] = None,
+    uid: Annotated[
+        list[str] | None, typer.Option(help="Its uid, or how that begins; repeatable.")
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE of the start document, such as sample=film; repeatable."),
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(help="Folder, or server, that results go to; default: the catalogue."),
+    ] = None,
+    preset: Annotated[
+        str, typer.Option(help="Preset, or path of one; auto: the first shipped that matches.")
+    ] = "auto",
+    root_map: RootMap = None,
+    method: Annotated[
+        str,
+        typer.Option(help="refine, network or correlation; several, with commas, are compared."),
+    ] = "refine",
+    fit: Annotated[list[str] | None, typer.Option(help="Unknown as well: thickness, blur.")] = None,
+    on_missing_model: Annotated[
+        str, typer.Option(help="Where no network was trained: universal, fit, train or skip.")
+    ] = "universal",
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Correct the geometry by a run's first points.")
+    ] = False,
+    redo: Annotated[bool, typer.Option("--redo", help="Analyse again what is done.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, with what, and how long.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes to use, up to 4 threads each.", min=1)
+    ] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a Dask cluster to use.")] = None,
+) -> None:
+    """Analyse stored runs: those of a query, each once, whatever was done before is kept."""
+    # stored files are read, by many at once
+    os.environ["HDF5_USE_FILE_LOCKING"] = "FALSE"
+    try:
+        from nanobeam_bluesky.live import read_root_map
+        from nanobeam_bluesky.models import DEFAULT_FIT
+        from nanobeam_bluesky.retrospective.command import run_analyze
+        from nanobeam_bluesky.retrospective.runs import Query, find_catalog
+    except ImportError as error:
+        _stop(f"{error}: nanobeam analyze needs pip install 'nanobeam-bluesky[tiled]'", code=2)
+    query = (plan_name, since, until, scan_id, uid, where)
+    if catalog is None and (not runs or any(query)):
+        _stop("say with --catalog where runs are looked for, or name files of documents", code=2)
+    if runs and any(query):
+        _stop("name runs, or look for them with --plan-name, --uid, …: not both", code=2)
+    if catalog is None and to is None and not dry_run:
+        _stop("say with --to where the results of these files go", code=2)
+    try:
+        found = find_catalog(catalog) if catalog is not None else None
+        results = run_analyze(
+            runs or Query(plan_name, since, until, scan_id or (), uid or (), where or ()),
+            method.split(","),
+            console,
+            errors,
+            catalog=found,
+            to=to,
+            preset=preset,
+            root_map=read_root_map(root_map or []),
+            on_missing_model=on_missing_model,
+            fit=(*DEFAULT_FIT, *(fit or ())),
+            calibrate=calibrate,
+            redo=redo,
+            dry_run=dry_run,
+            workers=workers,
+            scheduler=scheduler,
+        )
+    except ValueError as error:
+        _stop(str(error), code=2)
+    except (OSError, RuntimeError) as error:
+        _stop(str(error), code=1)
+    raise typer.Exit(1 if not results or any(r.failed for r in results) else 0)
+
+
+@app.command()
 def serve(
     folder: Annotated[
         Path | None,
@@ -394,10 +486,7 @@ def serve(
     readable_storage: Annotated[
         list[Path] | None, typer.Option(help="A folder with detector files; repeatable.")
     ] = None,
-    root_map: Annotated[
-        list[str] | None,
-        typer.Option(help="A folder of the documents and where it is mounted here: OLD=NEW."),
-    ] = None,
+    root_map: RootMap = None,
     compute: Annotated[
         bool,
         typer.Option("--compute", help="Analyse raw runs without maps when these are asked for."),

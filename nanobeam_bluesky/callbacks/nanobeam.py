@@ -13,14 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from nanobeam_bluesky.callbacks.sink import BackgroundSink
 from nanobeam_bluesky.callbacks.worker_client import WorkerClient
 from nanobeam_bluesky.documents.pipeline import RunPipeline, Tally
 from nanobeam_bluesky.documents.processing import AnalyzerChoice, Method, MissingModel
 from nanobeam_bluesky.geometry import ROI
-from nanobeam_bluesky.models.estimates import DEFAULT_FIT, check_fit
+from nanobeam_bluesky.models.estimates import DEFAULT_FIT
 from nanobeam_bluesky.presets import Preset, unit_registry
 
 __all__ = ["Health", "NanobeamCallback"]
@@ -133,13 +133,6 @@ class NanobeamCallback:
         device: str = "auto",
         root_map: Mapping[str, str] | None = None,
     ) -> None:
-        for name, value, allowed in (
-            ("analyzer", analyzer, Method),
-            ("on_missing_model", on_missing_model, MissingModel),
-        ):
-            if value not in get_args(allowed):
-                raise ValueError(f"{name} = {value!r} must be one of {get_args(allowed)}")
-        check_fit(fit)
         self._presets = Preset.choices(preset)
         self._choice = AnalyzerChoice(analyzer, on_missing_model, tuple(fit), calibrate, device)
         self._roi = roi

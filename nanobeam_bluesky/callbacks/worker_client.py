@@ -88,6 +88,11 @@ class WorkerClient:
         """Process id of the worker; None while there is none."""
         return None if self._process is None else self._process.pid
 
+    @property
+    def waiting(self) -> int:
+        """How many tasks it has not answered."""
+        return len(self._tasks)
+
     # ----------------------------------------------------------------- Executor
 
     in_flight = THREADS + 1

@@ -250,7 +250,7 @@ class RunPipeline:
         if earlier is not None and len(earlier.points):
             self._known = np.sort(earlier.points)
             self._buffer.append((earlier.points, earlier.estimates, earlier.positions))
-            self._flush()
+            self.flush()
             pending, self._pending = list(self._pending), deque()
             for entry in pending:
                 self._pending.extend(_parts(entry, ~self._is_known(entry.block, entry.version)))
@@ -295,7 +295,7 @@ class RunPipeline:
         ending = self._raw_stop is not None and idle
         points, seconds = self._pages
         if buffered and (ending or buffered >= points or now - self._buffered_since >= seconds):
-            self._flush()
+            self.flush()
         if ending:
             self._close(*self._outcome())
 
@@ -309,8 +309,13 @@ class RunPipeline:
                 self._emit(name, doc)
             self._release()
         else:
-            self._flush()
+            self.flush()
             self._close("fail", reason)
+
+    def abandon(self) -> None:
+        """End without another document: the derived run stays open, for another attempt."""
+        self._buffer = []
+        self._release()
 
     # ---------------------------------------------------------------- properties
 
@@ -587,7 +592,7 @@ class RunPipeline:
             self._buffered_since = now
         self._buffer.append((points, estimates, positions))
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         """Emit what is ready in pages of increasing points; the last of a point wins."""
         if not self._buffer or self._derived is None:
             return

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from nanobeam_bluesky.documents.frames import FrameReader, ReadStatus
 from nanobeam_bluesky.documents.references import PointBlock
 from nanobeam_bluesky.geometry import Geometry
 from nanobeam_bluesky.models import DEFAULT_FIT, Estimates, Flag
+from nanobeam_bluesky.models.estimates import check_fit
 
 if TYPE_CHECKING:
     from nanobeam_bluesky.documents.roots import Roots
@@ -53,6 +54,15 @@ class AnalyzerChoice:
     """Whether the first patterns correct the geometry (`models.calibrate`)."""
     device: str = "auto"
     """Torch device, e.g. "cpu"."""
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("analyzer", self.method, Method),
+            ("on_missing_model", self.on_missing_model, MissingModel),
+        ):
+            if value not in get_args(allowed):
+                raise ValueError(f"{name} = {value!r} must be one of {get_args(allowed)}")
+        check_fit(self.fit)
 
     @property
     def trains(self) -> bool:

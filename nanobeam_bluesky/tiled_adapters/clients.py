@@ -63,8 +63,8 @@ class MapsClient(DatasetClient):
         start = self.metadata["start"]
         uid = start.get("original_run_uid", start["uid"])
         looked = []
-        for path in _beside(self, "scans"):
-            scan = _opened(self, [*path, uid])
+        for path in beside(self, "scans"):
+            scan = opened(self, [*path, uid])
             if scan is not None and _is(scan, "NanobeamScan"):
                 found: ScanClient = scan
                 return found
@@ -103,8 +103,8 @@ class ScanClient(Container):
         """
         uid = self.metadata["start"]["uid"]
         looked = []
-        for path in _beside(self, "maps"):
-            tree = _opened(self, path)
+        for path in beside(self, "maps"):
+            tree = opened(self, path)
             if isinstance(tree, Container):
                 found = _maps_of(tree, uid)
                 if found:
@@ -153,18 +153,18 @@ def _rank(maps: MapsClient) -> tuple[bool, bool, float]:
     return stop.get("exit_status") == "success", shown, maps.metadata["start"]["time"]
 
 
-def _beside(run: Any, name: str) -> Iterator[list[str]]:
+def beside(run: Any, name: str) -> Iterator[list[str]]:
     """Yield paths of trees beside that of a run, and beside what that lies in: `name` first."""
     own = run.path_parts[:-1]
     for depth in range(len(own) - 1, -1, -1):
         above = own[:depth]
         yield [*above, name]
-        parent = _opened(run, above)
+        parent = opened(run, above)
         others = [] if parent is None else parent.keys().head(_TREES)
         yield from ([*above, key] for key in others if key not in (name, own[depth]))
 
 
-def _opened(run: Any, path: Sequence[str]) -> Any:
+def opened(run: Any, path: Sequence[str]) -> Any:
     """Return what lies at a path, or None."""
     try:
         return from_context(

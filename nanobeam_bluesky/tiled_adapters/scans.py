@@ -30,13 +30,13 @@ from nanobeam_bluesky.documents.resources import Resource, count_of, stored_by_t
 from nanobeam_bluesky.geometry import ROI, Geometry, GeometryError
 from nanobeam_bluesky.presets import Preset
 
-__all__ = ["Recorded", "Scan", "UnreadableError", "recorded"]
+__all__ = ["TABLE", "Recorded", "Scan", "UnreadableError", "recorded"]
 
 AT_ONCE = 96
 """Points that are read at once: enough to fill batches, little enough to hold."""
 THREADS = min(4, os.cpu_count() or 1)
 """Threads that read for one request."""
-_TABLE = re.compile(r"internal(_\d+)?")
+TABLE = re.compile(r"internal(_\d+)?")
 """Where TiledWriter puts the events of a stream."""
 _NUMBER = re.compile(r"(\d+)(\D*)")
 
@@ -69,9 +69,9 @@ class Recorded:
     """What reads it by way of Tiled, by ``read(NDSlice)``."""
 
     @classmethod
-    def of(cls, stream: str, key: str, source: Any, one: Sequence[int]) -> Recorded:
+    def of(cls, stream: str, key: str, source: Any, structure: Any, one: Sequence[int]) -> Recorded:
         """Make it from Tiled's data source; `one` is the shape of one event's values."""
-        shape = tuple(source.structure.shape)
+        shape = tuple(structure.shape)
         stacked = len(shape) > len(one) or list(one) in ([], [1])
         external = str(getattr(source.management, "value", source.management)) == "external"
         assets = [a for a in source.assets if a.parameter in ("data_uri", "data_uris")]
@@ -80,7 +80,7 @@ class Recorded:
             key,
             shape[0] if stacked else shape[0] // int(one[0]),
             shape,
-            source.structure.data_type.to_numpy_dtype(),
+            structure.data_type.to_numpy_dtype(),
             tuple(a.data_uri for a in sorted(assets, key=lambda a: a.num or 0)),
             source.mimetype,
             dict(source.parameters),
@@ -114,7 +114,7 @@ async def recorded(run: Any, wanted: set[str]) -> AsyncIterator[tuple[str, Any]]
         yield "descriptor", {"object_keys": owned} | metadata | {"name": name, "uid": name}
         for key in await stream.keys_range():
             node = await stream.lookup_adapter([key])
-            if node.structure_family == StructureFamily.table and _TABLE.fullmatch(key):
+            if node.structure_family == StructureFamily.table and TABLE.fullmatch(key):
                 columns = set(node.structure().columns)
                 some = columns & (set(keys) if name == "baseline" else wanted)
                 table = await node.read(fields=sorted(some | {"seq_num"}))
@@ -123,7 +123,9 @@ async def recorded(run: Any, wanted: set[str]) -> AsyncIterator[tuple[str, Any]]
                 yield "event_page", {"descriptor": name, "seq_num": numbers, "data": data}
             elif node.structure_family == StructureFamily.array and key in keys:
                 (source,) = await node.data_sources(include_assets=True)
-                item = Recorded.of(name, key, source, keys[key].get("shape") or [])
+                item = Recorded.of(
+                    name, key, source, source.structure, keys[key].get("shape") or []
+                )
                 if not item.is_in_files:
                     item = replace(item, array=await node.get_adapter())
                 yield "recorded", item
