@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import pandas as pd
 import xarray as xr
@@ -103,7 +104,8 @@ class Analysis:
         """
         if self.node is None and not self.documents:
             raise ValueError(f"run {self.raw_uid[:8]} has no maps: {self.status} {self.reason}")
-        return to_maps(self.documents or self.node)
+        with _here():
+            return to_maps(self.documents or self.node)
 
 
 def analyze(
@@ -184,6 +186,11 @@ def analyze(
         yield from session.work(raw_runs(runs, where))
     finally:
         session.end()
+
+
+def _here() -> Any:
+    """Keep Tiled's client from reading by way of a Dask cluster that the user works with."""
+    return dask.config.set(scheduler="synchronous")
 
 
 def _writable(to: str | Path) -> Container:
@@ -274,7 +281,8 @@ class _Session:
                 elif isinstance(run, NoRunError):
                     yield Analysis("", None, "fail", str(run))
                 else:
-                    found = self._begin(run)
+                    with _here():
+                        found = self._begin(run)
                     if isinstance(found, Analysis):
                         yield found
                     else:
@@ -282,7 +290,8 @@ class _Session:
             if self.active:
                 self.pool.wait(_POLL_SECONDS)
             for job in list(self.active):
-                finished = self._poll(job)
+                with _here():
+                    finished = self._poll(job)
                 if finished is not None:
                     self.active.remove(job)
                     yield finished
@@ -344,15 +353,16 @@ class _Session:
         assert pipeline is not None
         try:
             pipeline.poll()
-            if self.progress is not None and pipeline.derived is not None:
-                done = job.known + job.tally.points_analysed
-                self.progress(job.run, done, pipeline.derived.grid.num_points)
-            return job.analysis() if pipeline.closed else None
+            result = job.analysis() if pipeline.closed else None
         except Exception as error:  # of what is written to
             logger.exception("run %s: results could not be written", job.run.uid[:8])
             pipeline.abandon()
             reason = f"results could not be written: {type(error).__name__}: {error}"
             return Analysis(job.run.uid, None, "fail", reason, job.run.start)
+        if self.progress is not None and pipeline.derived is not None:
+            done = job.known + job.tally.points_analysed
+            self.progress(job.run, done, pipeline.derived.grid.num_points)
+        return result
 
     def _target_of(self, run: RawRun) -> Container | None:
         """Return where the results of a run are."""

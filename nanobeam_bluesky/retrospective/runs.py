@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from bluesky_tiled_plugins.queries import Key, PartialUID, TimeRange
 from tiled.client import from_profile, from_uri
 from tiled.client.container import Container
-from tiled.client.utils import ClientError
 from tiled.ndslice import NDSlice
 from tiled.structures.core import StructureFamily
 
@@ -290,16 +289,10 @@ def raw_runs(runs: Any, catalog: Container | None = None) -> Iterator[RawRun | N
             yield _of_tiled(runs, True)
         else:
             yield from _each(catalog_of_raw(runs))
-    elif hasattr(runs, "canonical"):  # databroker before Tiled: BlueskyRun
-        yield from _of_documents(runs.canonical(fill="no"))
-    elif hasattr(runs, "documents"):  # a Header of databroker.v1
-        yield from _of_documents(runs.documents(fill=False))
-    elif hasattr(runs, "v1") or type(runs).__name__ == "Broker":
-        for header in runs() if callable(runs) else runs.v1():
-            yield from raw_runs(header)
-    elif hasattr(runs, "values") and not isinstance(runs, Mapping):  # catalogues of intake
-        for run in runs.values():
-            yield from raw_runs(run)
+    elif hasattr(runs, "v2"):  # a Broker of databroker.v1
+        yield from raw_runs(runs.v2)
+    elif hasattr(runs, "db"):  # its Header
+        yield from raw_runs(runs.db.v2[runs.start["uid"]])
     elif isinstance(runs, Iterable):
         items = iter(runs)
         first = next(items, None)
@@ -346,8 +339,17 @@ def _of_documents(documents: Iterable[Document]) -> Iterator[RawRun]:
 
 
 def _of_tiled(node: Any, asked_for: bool) -> RawRun:
-    def recording(preset: Preset, root_map: Mapping[str, str]) -> Recording:
-        return _recording(node, preset, root_map)
+    spec = next((s for s in node.specs if s.name == "BlueskyRun"), None)
+    if spec is not None and spec.version and spec.version.startswith("3."):
+        node = node.v3 if hasattr(type(node), "v3") else node
+
+        def recording(preset: Preset, root_map: Mapping[str, str]) -> Recording:
+            return _recording(node, preset, root_map)
+    else:  # in MongoDB, as its documents
+
+        def recording(preset: Preset, root_map: Mapping[str, str]) -> Recording:
+            documents = ((name, doc) for name, doc in node.documents() if name != "start")
+            return Recording(documents, lambda block, roi: block)
 
     return RawRun(_plain(node.metadata["start"]), recording, asked_for, node)
 
@@ -430,9 +432,9 @@ def _check(child: Any, item: Recorded) -> None:
     """Raise where Tiled cannot read it either."""
     try:
         child.read(NDSlice(*(slice(0, 1) for _ in item.shape)))
-    except (ClientError, OSError, ValueError) as error:
+    except Exception as error:  # of an application in this process, any
         where = item.files[0] if item.files else "Tiled"
         raise UnreadableError(
             f"{item.key}: {where} is not on this machine (a root map may say where it is mounted), "
-            f"and cannot be read by way of Tiled: {error}"
+            f"and cannot be read by way of Tiled: {str(error).splitlines()[0]}"
         ) from None
