@@ -169,6 +169,12 @@ def train(
     ] = None,
     seconds: Annotated[float | None, typer.Option(help="Or its time, s.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Of noise and initial weights.")] = 0,
+    seeds: Annotated[
+        int, typer.Option(help="Train so many, from --seed on, and store the most accurate.", min=1)
+    ] = 1,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Address of a Dask cluster that trains them.")
+    ] = None,
     store: Store = None,
 ) -> None:
     """Specialise the shipped network to one geometry; the next scan with this geometry finds it.
@@ -178,8 +184,8 @@ def train(
     chosen = _geometry(start, geometry, preset)
 
     from nanobeam_bluesky.models import ModelStore
+    from nanobeam_bluesky.retrospective.cluster import train_ensemble
     from nanobeam_bluesky.training import Progress
-    from nanobeam_bluesky.training import train as train_network
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with ProgressBar(*columns, console=console) as bar:
@@ -190,8 +196,10 @@ def train(
             bar.update(task, completed=progress.fraction, description=text)
 
         try:
-            network, card = train_network(
+            trained = train_ensemble(
                 chosen,
+                range(seed, seed + seeds),
+                scheduler=scheduler,
                 sampling=sampling.value,
                 ranges=None if thickness_range is None else {"thickness": thickness_range},
                 counts=counts,
@@ -199,11 +207,13 @@ def train(
                 background=background,
                 steps=steps,
                 seconds=seconds,
-                seed=seed,
-                progress=show,
+                progress=show if scheduler is None else None,
             )
         except ValueError as error:
             _stop(str(error), code=2)
+        except ConnectionError as error:
+            _stop(str(error), code=1)
+    network, card = trained[0]
     stored = ModelStore(store)
     stored.save(network, card)
     specialised = card.training["start"] == "universal"

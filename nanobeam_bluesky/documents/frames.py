@@ -408,7 +408,7 @@ class FrameReader:
         if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "uifb":
             what = dataset.dtype if isinstance(dataset, h5py.Dataset) else "a group"
             raise NeverError(f"expected a dataset of numbers, found {what}")
-        if self._refresh:
+        if self._refresh and opened.growing:  # any other one is opened anew when it has changed
             dataset.refresh()
         return dataset
 

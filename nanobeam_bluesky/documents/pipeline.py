@@ -268,7 +268,9 @@ class RunPipeline:
         versions = np.concatenate([np.full(e.block.count, e.version) for e in entries])
         current = self._versions[points] == versions
         waiting = (done.status == ReadStatus.RETRY) | (done.position_status == ReadStatus.RETRY)
-        again = waiting & current & (now < self._deadline)
+        # once more at least: what waits long for its turn may be beyond the deadline by then
+        first = np.concatenate([np.full(e.block.count, e.attempt == 0) for e in entries])
+        again = waiting & current & (first | (now < self._deadline))
         if again.any():
             self._retry(task, entries, again, now)
         keep = current & ~again

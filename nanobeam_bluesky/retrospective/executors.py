@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import queue
 import socket
@@ -10,6 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from typing import Any, Protocol
 
 from nanobeam_bluesky.callbacks.worker_client import WorkerClient
@@ -23,6 +23,7 @@ from nanobeam_bluesky.documents import (
 )
 from nanobeam_bluesky.documents.processing import THREADS
 from nanobeam_bluesky.geometry import Geometry
+from nanobeam_bluesky.retrospective.cluster import connected
 
 __all__ = ["Cluster", "Pool", "Threads", "Workers"]
 
@@ -57,7 +58,7 @@ class _Answers:
         self.put = self._queue.put
 
     def wait(self, timeout: float) -> None:
-        with contextlib.suppress(queue.Empty):
+        with suppress(queue.Empty):
             self._queue.get(timeout=timeout)()
             while True:
                 self._queue.get_nowait()()
@@ -181,14 +182,8 @@ class Cluster:
     """
 
     def __init__(self, scheduler: Any) -> None:
-        from distributed import Client
-
-        self._own = not isinstance(scheduler, Client)
-        try:
-            client: Any = Client
-            self._client = client(scheduler, set_as_default=False) if self._own else scheduler
-        except (OSError, ValueError) as error:
-            raise ConnectionError(f"no Dask scheduler at {scheduler}: {error}") from error
+        self._stack = ExitStack()
+        self._client = self._stack.enter_context(connected(scheduler))
         self._answers = _Answers()
         self._settings: dict[str, tuple[Geometry, AnalyzerChoice, Mapping[str, Any]]] = {}
         self._futures: dict[str, set[Any]] = {}
@@ -266,8 +261,7 @@ class Cluster:
 
     def shutdown(self) -> None:
         """Leave the cluster."""
-        if self._own:
-            self._client.close()
+        self._stack.close()
 
 
 def _name(pipeline: RunPipeline, task: Task) -> str:

@@ -6,15 +6,20 @@ import signal
 import threading
 
 import h5py
+import numpy as np
 import pytest
 from databroker import temp
 from databroker.queries import Key
+from distributed import Client
+from distributed.deploy.subprocess import SubprocessCluster
 from tiled.client import from_uri
 
-from nanobeam_bluesky import analyze, to_maps
+from nanobeam_bluesky import Geometry, analyze, to_maps
 from nanobeam_bluesky.documents import pipeline
 from nanobeam_bluesky.models import Flag
+from nanobeam_bluesky.physics import simulate_library
 from nanobeam_bluesky.retrospective import Query, analysis
+from nanobeam_bluesky.retrospective.cluster import library_on_cluster, train_ensemble
 from nanobeam_bluesky.tiled_adapters import open_catalog, raw_writer, serve
 
 POINTS = 42
@@ -255,33 +260,48 @@ def test_frames_that_are_missing_are_flagged_and_tried_again(stored, live, elsew
     assert "has 30 rows" in result.reason
 
 
-def test_a_killed_worker_loses_nothing(stored, live, elsewhere, monkeypatch):
-    """On a Dask cluster, whose scheduler gives its tasks to the other one."""
-    from distributed import Client
-    from distributed.deploy.subprocess import SubprocessCluster
-
-    monkeypatch.setattr(pipeline, "TASK_POINTS", 4)
+@pytest.fixture(scope="module")
+def cluster():
+    """Client of a Dask cluster of two workers."""
     with (
         SubprocessCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
-        Client(cluster) as client,
+        Client(cluster, set_as_default=True) as client,
     ):
         client.wait_for_workers(2)
-        pids = list(client.run(os.getpid).values())
-        killed = threading.Event()
+        yield client
 
-        def kill(run, done, total):
-            if done and not killed.is_set():
-                killed.set()
-                os.kill(pids[0], signal.SIGKILL)
 
-        results = list(
-            analyze(
-                stored.catalog["raw"].search(Key("plan_name") == "sxdm_fly"),
-                to=elsewhere,
-                scheduler=client,
-                progress=kill,
-            )
-        )
+def test_a_library_is_the_same_from_a_cluster(cluster):
+    geometry = Geometry.published().model_copy(update={"roi_shape": (32, 32)})
+    axes = [-1e-3, 0.0, 2e-3], [-0.01, 0.02], [0.0, 0.01]
+    there = library_on_cluster(cluster, geometry, *axes, sampling="continuous")
+    assert (there == simulate_library(geometry, *axes, sampling="continuous")).all()
+
+
+def test_the_most_accurate_network_of_an_ensemble_comes_first(cluster):
+    geometry = Geometry.published()
+    trained = train_ensemble(geometry, (0, 1), scheduler=cluster, steps=2)
+    ratios = [
+        np.mean([np.log(a.rmse[k] / a.bound[k]) for a in card.accuracy for k in a.rmse])
+        for _, card in trained
+    ]
+    assert {card.training["seed"] for _, card in trained} == {0, 1}
+    assert ratios == sorted(ratios)
+
+
+def test_a_killed_worker_loses_nothing(cluster, stored, live, elsewhere, monkeypatch):
+    """On a Dask cluster, whose scheduler gives its tasks to the other one."""
+    monkeypatch.setattr(pipeline, "TASK_POINTS", 4)
+    pids = list(cluster.run(os.getpid).values())
+    killed = threading.Event()
+
+    def kill(run, done, total):
+        if done and not killed.is_set():
+            killed.set()
+            os.kill(pids[0], signal.SIGKILL)
+
+    found = stored.catalog["raw"].search(Key("plan_name") == "sxdm_fly")
+    results = list(analyze(found, to=elsewhere, scheduler=cluster, progress=kill))
     assert killed.is_set()
     assert [a.status for a in results] == ["success"] * 2
     for result in results:
