@@ -753,6 +753,71 @@ def serve(
         _stop(str(error), code=1)
 
 
+class ExportFormat(StrEnum):
+    """Of the files of a derived run."""
+
+    NEXUS = "nexus"
+    PNG = "png"
+    CSV = "csv"
+    TIFF = "tiff"
+    ZARR = "zarr"
+    HTML = "html"
+    MD = "md"
+
+
+@app.command()
+def export(
+    uids: Annotated[
+        list[str],
+        typer.Argument(help="Derived runs, or their raw runs: the beginning is enough."),
+    ],
+    catalog: Annotated[
+        str, typer.Option(help="Folder of runs, address of a Tiled server, or its profile.")
+    ],
+    to: Annotated[ExportFormat, typer.Option(help="html and md are reports.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File; or folder, for files named after scan and uid. Default: here."),
+    ] = None,
+    frames: Annotated[
+        bool, typer.Option("--frames", help="Put the raw run's frames into the NeXus file too.")
+    ] = False,
+    preset: Annotated[
+        str, typer.Option(help="Preset, or path of one, that tells which its frames are.")
+    ] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+) -> None:
+    """Write the maps of derived runs to files that others open."""
+    if frames and to is not ExportFormat.NEXUS:
+        _stop(f"--frames go into NeXus, not into {to}", code=2)
+    if len(uids) > 1 and out is not None and not out.is_dir():
+        _stop(f"--out {out}: expected a folder for the files of several runs", code=2)
+    # stored files are read, by many at once
+    os.environ["HDF5_USE_FILE_LOCKING"] = "FALSE"
+    try:
+        from nanobeam_bluesky.retrospective.export import export_run
+        from nanobeam_bluesky.retrospective.runs import find_catalog
+    except ImportError as error:
+        _stop(f"{error}: nanobeam export needs pip install 'nanobeam-bluesky[tiled]'", code=2)
+    try:
+        found = find_catalog(catalog)
+    except ValueError as error:
+        _stop(str(error), code=2)
+    failed = False
+    for uid in uids:
+        try:
+            path = export_run(
+                found, uid, to.value, out or "", frames=frames, preset=preset, force=force
+            )
+        except (OSError, ValueError) as error:
+            failed = True
+            text = f"{uid}: {error}"
+            errors.print(text, style="red", highlight=False, markup=False, soft_wrap=True)
+        else:
+            _say(f"{uid}: {path}")
+    raise typer.Exit(1 if failed else 0)
+
+
 @models.command("import")
 def import_model(
     file: Annotated[Path, typer.Argument(help="A published .pth file. Nothing of it is run.")],

@@ -1,6 +1,8 @@
 import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+# pytest-xdist has a process for every core: a second torch thread costs ten times what it brings
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest
@@ -123,14 +125,3 @@ def RE():
     engine.loop.call_soon_threadsafe(engine.loop.stop)
     engine._th.join()
     engine.loop.close()
-
-
-@pytest.fixture
-def one_torch_thread():
-    """A second one costs ten times more than it brings when something else runs too."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nanobeam_bluesky.documents.derived_run import Document
 from nanobeam_bluesky.documents.pipeline import RunPipeline, Tally
 from nanobeam_bluesky.documents.processing import AnalyzerChoice, Processor, Task
@@ -15,7 +17,7 @@ from nanobeam_bluesky.documents.roots import Roots
 from nanobeam_bluesky.geometry import ROI, Geometry
 from nanobeam_bluesky.presets import Preset
 
-__all__ = ["derive", "read_documents"]
+__all__ = ["as_json", "derive", "read_documents", "write_documents"]
 
 POLL_SECONDS = 0.02
 
@@ -147,3 +149,17 @@ def read_documents(path: str | Path) -> Iterator[Document]:
                     f'{{"name": "start", "doc": {{…}}}}: {error}'
                 ) from None
             yield name, doc
+
+
+def write_documents(path: str | Path, documents: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """Write documents as lines of JSON, which `read_documents` reads."""
+    with open(path, "w", encoding="utf-8") as file:
+        for name, doc in documents:
+            file.write(json.dumps({"name": name, "doc": doc}, default=as_json) + "\n")
+
+
+def as_json(value: Any) -> Any:
+    """Return NumPy's numbers and arrays as what JSON knows: the `default` of ``json.dumps``."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is not JSON")

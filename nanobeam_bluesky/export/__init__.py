@@ -1,4 +1,4 @@
-"""Maps and scans as files that others open: pictures, tables, NeXus, a report."""
+"""Maps and scans as files that others open: pictures, tables, NeXus, Zarr, a report."""
 
 from typing import TYPE_CHECKING
 
@@ -8,8 +8,18 @@ if TYPE_CHECKING:
     from nanobeam_bluesky.export.files import run_title, to_csv, to_png, to_tiff
     from nanobeam_bluesky.export.nexus import Frames, write_nexus
     from nanobeam_bluesky.export.report import Report
+    from nanobeam_bluesky.export.zarr import write_zarr
 
-__all__ = ["Frames", "Report", "run_title", "to_csv", "to_png", "to_tiff", "write_nexus"]
+__all__ = [
+    "Frames",
+    "Report",
+    "run_title",
+    "to_csv",
+    "to_png",
+    "to_tiff",
+    "write_nexus",
+    "write_zarr",
+]
 
 __getattr__ = lazy(
     __name__,
@@ -21,5 +31,6 @@ __getattr__ = lazy(
         "to_png": "files",
         "to_tiff": "files",
         "write_nexus": "nexus",
+        "write_zarr": "zarr",
     },
 )

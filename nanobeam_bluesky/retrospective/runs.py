@@ -33,7 +33,9 @@ __all__ = [
     "derived_runs",
     "find_catalog",
     "find_derived",
+    "plain",
     "raw_runs",
+    "scan_of",
     "writable_catalog",
 ]
 
@@ -381,30 +383,42 @@ def _of_tiled(node: Any, asked_for: bool) -> RawRun:
             documents = ((name, doc) for name, doc in node.documents() if name != "start")
             return Recording(documents, lambda block, roi: block)
 
-    return RawRun(_plain(node.metadata["start"]), recording, asked_for, node)
+    return RawRun(plain(node.metadata["start"]), recording, asked_for, node)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return Tiled's views of dictionaries and lists as these."""
     if isinstance(value, Mapping):
-        return {key: _plain(v) for key, v in value.items()}
+        return {key: plain(v) for key, v in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return value
 
 
 def _recording(node: Any, preset: Preset, root_map: Mapping[str, str]) -> Recording:
-    start, stop = _plain(node.metadata["start"]), _plain(node.metadata.get("stop"))
+    reader = FrameReader()
+    try:
+        scan = scan_of(node, preset, root_map, reader)
+    finally:
+        reader.close()
+    stop = plain(node.metadata.get("stop"))
+    documents = [*scan.documents, *([("stop", stop)] if stop else [])]
+    return Recording(documents, scan.filled)
+
+
+def scan_of(node: Any, preset: Preset, root_map: Mapping[str, str], reader: FrameReader) -> Scan:
+    """Return a raw run of a catalogue by row and column, read by `reader` or by way of Tiled.
+
+    Raises
+    ------
+    UnreadableError
+        If it cannot be read at all: says why.
+    """
+    start, stop = plain(node.metadata["start"]), plain(node.metadata.get("stop"))
     grid = preset.scan_metadata(start)
     wanted = {grid.positions[m].key if m in grid.positions else m for m in grid.motors}
     items = list(_recorded(node, wanted, root_map))
-    reader = FrameReader()
-    try:
-        scan = Scan(start, stop, preset, items, reader, root_map=root_map)
-    finally:
-        reader.close()
-    documents = [*scan.documents, *([("stop", stop)] if stop else [])]
-    return Recording(documents, scan.filled)
+    return Scan(start, stop, preset, items, reader, root_map=root_map)
 
 
 def _recorded(run: Any, wanted: set[str], root_map: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
@@ -413,7 +427,7 @@ def _recorded(run: Any, wanted: set[str], root_map: Mapping[str, str]) -> Iterat
     Whatever other files hold comes by way of Tiled.
     """
     for name, stream in _children(run):
-        metadata = _plain(stream.metadata)
+        metadata = plain(stream.metadata)
         keys = metadata.get("data_keys")
         if not isinstance(keys, Mapping):
             continue

@@ -1,7 +1,7 @@
 """Maps of raw runs that nobody has analysed yet, made when they are asked for.
 
-The process that makes them is ``python -m nanobeam_bluesky.tiled_adapters.computed``: it gives
-way to everything else, and ends with the server.
+The process that makes them is ``python -m nanobeam_bluesky.documents``, which does not import
+Tiled (6 s of a core): it gives way to everything else, and ends with the server.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from typing import Any
 import numpy as np
 
 from nanobeam_bluesky.callbacks.worker_client import NO_LOCKS
-from nanobeam_bluesky.documents import derive, read_documents
-from nanobeam_bluesky.documents.roots import Roots
+from nanobeam_bluesky.documents.replay import as_json, write_documents
 from nanobeam_bluesky.tiled_adapters.scans import UnreadableError
 
 __all__ = ["BusyError", "Computer"]
@@ -122,15 +121,15 @@ class Computer:
         """Name a run's results by all that they depend on."""
         (_, start), (_, stop) = documents[0], documents[-1]
         identity = [version("nanobeam-bluesky"), start, stop.get("uid"), self._settings]
-        text = json.dumps(identity, sort_keys=True, default=_plain)
+        text = json.dumps(identity, sort_keys=True, default=as_json)
         return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.jsonl"
 
     def _compute(self, path: Path, documents: Documents) -> None:
         raw, part = path.with_suffix(".raw.part"), path.with_suffix(".part")
         reason = ""
         try:
-            _write(raw, documents)
-            command = [sys.executable, "-m", __name__, str(raw), str(part)]
+            write_documents(raw, documents)
+            command = [sys.executable, "-m", "nanobeam_bluesky.documents", str(raw), str(part)]
             with self._lock:
                 if self._closed:
                     return
@@ -172,47 +171,3 @@ class Computer:
             room -= file.stat().st_size
             if number and (number >= KEPT_RUNS or room < 0):
                 file.unlink(missing_ok=True)
-
-
-def _plain(value: Any) -> Any:
-    """Return NumPy's numbers and arrays as what JSON knows."""
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} is not JSON")
-
-
-def _write(path: Path, documents: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for name, doc in documents:
-            file.write(json.dumps({"name": name, "doc": doc}, default=_plain) + "\n")
-
-
-def _end_with_input() -> None:
-    os.read(0, 1)  # not sys.stdin, whose lock the interpreter wants at its end
-    os._exit(1)
-
-
-def main() -> None:
-    """Analyse the run in one file of documents; write the derived run to another."""
-    os.nice(10)
-    raw, out = sys.argv[1:]
-    settings = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_input, daemon=True).start()
-    derived = list(
-        derive(
-            read_documents(raw),
-            preset=settings["preset"],
-            root_map=settings["root_map"],
-            roots=Roots(settings["roots"]),
-        )
-    )
-    if not derived:
-        sys.exit(f"preset {settings['preset']!r} does not match the run")
-    (_, start), (_, stop) = derived[0], derived[-1]
-    if "shape" not in start:
-        sys.exit(str(stop.get("reason")))
-    _write(Path(out), derived)
-
-
-if __name__ == "__main__":
-    main()

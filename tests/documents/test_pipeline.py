@@ -18,6 +18,7 @@ from nanobeam_bluesky.documents import (
     RunPipeline,
     ScanGrid,
     Tally,
+    derive,
     to_maps,
 )
 from nanobeam_bluesky.documents import pipeline as module
@@ -120,6 +121,26 @@ def test_calibration_waits_for_frames_and_gives_up_without_any(record, monkeypat
     assert "failed" in derived[0][1]["nanobeam"]["analyzer"]["calibration"]
     flags = {flag for page in pages(derived) for flag in page["data"]["flags"]}
     assert flags == {Flag.FRAME_MISSING | Flag.POSITION_MISSING}  # both were in these files
+
+
+@pytest.mark.parametrize(
+    ("policy", "status", "start"),
+    [
+        ("universal", "success", "universal"),
+        ("fit", "success", "library"),
+        ("skip", "fail", None),
+    ],
+)
+def test_without_a_network_the_policy_decides(record, policy, status, start):
+    documents = record((2, 3), change={"thickness_nm": 14.0})
+    choice = AnalyzerChoice(on_missing_model=policy)
+    derived = list(derive(documents, choice=choice))
+    assert derived[-1][1]["exit_status"] == status
+    if start:
+        analyzer = derived[0][1]["nanobeam"]["analyzer"]
+        assert (analyzer["method"], analyzer["start"]) == ("refine", start)
+    else:
+        assert "nanobeam train" in derived[-1][1]["reason"]
 
 
 def pages(derived):

@@ -20,7 +20,7 @@ def truth(geometry):
     return geometry.model_copy(update={"pupil_blur_px": 0.4})
 
 
-def measure(geometry, n=160, *, seed, scale=30.0, background=0.3, spread=SPREAD):
+def measure(geometry, n=100, *, seed, scale=30.0, background=0.3, spread=SPREAD):
     """Parameters (n, 3), zero on average, and counts (n, ny, nx) of a geometry."""
     rng = np.random.default_rng(seed)
     half = rng.uniform(-1, 1, (1, n // 2, 3)) * spread

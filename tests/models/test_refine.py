@@ -196,7 +196,6 @@ def plain_deviance(counts, expected, slopes):
         ("mirrors", 30_000, ("thickness", "blur")),
     ],
 )
-@pytest.mark.usefixtures("one_torch_thread")
 # of torch's own forward differentiation
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 def test_estimates_sigma_and_deviance_equal_a_plain_fit(optics, counts, more):
@@ -703,7 +702,7 @@ def test_one_hot_pixel_anywhere_is_flagged(analyzer):
 
 @pytest.mark.parametrize("counts", [300, 6000, 100_000])
 def test_valid_patterns_are_not_flagged(analyzer, counts):
-    n = 2000
+    n = 1000
     _, noisy, _ = draw(RING, n, counts, seed=24)
     # 0.5 % may be, and three sampling errors of that
     assert (analyzer.process(noisy).flags != 0).mean() <= 0.005 + 3 * math.sqrt(0.005 / n)

@@ -15,7 +15,7 @@ from nanobeam_bluesky.tiled_adapters import derived_writer, open_catalog, raw_wr
 SHAPE = (6, 7)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")  # modules of other packages come in between
 def stored(tmp_path_factory):
     """Two scans, one with frames in a file and one in its events, and a count.
 

@@ -55,7 +55,7 @@ def raw_documents(frames, **metadata):
     yield "stop", run.compose_stop()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")  # modules of other packages come in between
 def served(tmp_path_factory, derived_documents):
     """A folder, its address and client; documents of the maps; and uids of what there is."""
     folder = tmp_path_factory.mktemp("served")

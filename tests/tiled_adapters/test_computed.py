@@ -11,7 +11,7 @@ from bluesky import RunEngine
 from tiled.client import from_uri
 
 from nanobeam_bluesky.callbacks import NanobeamCallback
-from nanobeam_bluesky.documents import to_maps
+from nanobeam_bluesky.documents import read_documents, to_maps
 from nanobeam_bluesky.documents.derived_run import failed_run
 from nanobeam_bluesky.geometry import Geometry
 from nanobeam_bluesky.sim import SimulatedSXDM, phantom, sxdm_fly
@@ -150,7 +150,7 @@ def test_files_elsewhere_are_refused_where_they_are_read_and_what_is_oldest_make
     older.touch()
     documents = fly(tmp_path_factory.mktemp("elsewhere"))
     path = wait(computer, documents)
-    maps = to_maps(computed.read_documents(path))
+    maps = to_maps(read_documents(path))
     assert (maps.flags != 0).all() and np.isnan(maps.strain).all()
     assert "outside the folders" in path.read_text()
     assert computer.result(documents) == path

@@ -5,7 +5,6 @@ import pwd
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from contextlib import ExitStack, contextmanager
@@ -16,7 +15,9 @@ import xarray as xr
 import yaml
 from bluesky_tiled_plugins import subscribe_to_streams
 from tiled.client import from_uri
+from tiled.commandline.main import cli_app
 from tiled.queries import Key
+from typer.testing import CliRunner
 
 from nanobeam_bluesky import to_maps
 from nanobeam_bluesky.tiled_adapters import derived_writer
@@ -95,8 +96,8 @@ def test_maps_are_recorded_followed_and_viewed(databases, running, tmp_path, der
             del tree["args"]["writable_storage"]
     file = tmp_path / "tiled.yml"
     file.write_text(yaml.safe_dump(config))
-    init = [sys.executable, "-m", "tiled", "catalog", "init", f"{postgres}/catalog"]
-    subprocess.run(init, check=True, capture_output=True)
+    done = CliRunner().invoke(cli_app, ["catalog", "init", f"{postgres}/catalog"])
+    assert done.exit_code == 0, done.output
     documents = derived_documents((4, 5), page=6)
     uid, seen = documents[0][1]["uid"], []
     command = ("-m", "nanobeam_bluesky.cli", "serve", "--config", file, "--port", "0")

@@ -3,10 +3,10 @@
 import base64
 import fcntl
 import re
+import runpy
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections import Counter
 from contextlib import ExitStack, contextmanager
@@ -312,18 +312,20 @@ def test_addresses_of_this_machine_alone_are_known():
     assert [is_private(h) for h in ("0.0.0.0", "::", "192.0.2.1", "host.org", "")] == [False] * 5
 
 
-def test_the_example_is_served_and_its_client_runs(server, tmp_path, monkeypatch):
+def test_the_example_is_served_and_its_client_runs(server, tmp_path, monkeypatch, capsys):
     example = Path(__file__).parents[2] / "examples" / "serve_maps"
     # under another name, as two engines of one process do not share a database
     (tmp_path / "runs").symlink_to(server.folder)
     monkeypatch.setenv("NANOBEAM_FOLDER", str(tmp_path / "runs"))
+    monkeypatch.chdir(tmp_path)
     with serve_config(example / "tiled.yml", port=0) as url:
-        command = [sys.executable, example / "client.py", url]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    row, col = map(int, re.search(r"row (\d+), column (\d+)", done.stdout).groups())
+        monkeypatch.setattr("sys.argv", ["client.py", url])
+        client = runpy.run_path(str(example / "client.py"), run_name="__main__")["client"]
+        client.context.close()
+    printed = capsys.readouterr().out
+    row, col = map(int, re.search(r"row (\d+), column (\d+)", printed).groups())
     maps = to_maps(server.client["derived"][server.uids["derived"]])
-    assert f"its pattern has {maps['counts'].to_numpy()[row, col]:.0f} counts" in done.stdout
+    assert f"its pattern has {maps['counts'].to_numpy()[row, col]:.0f} counts" in printed
     assert (tmp_path / "strain.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,3 +1,5 @@
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,14 @@ from nanobeam_bluesky.models import DEFAULT_FIT, Analyzer, ModelStore
 from nanobeam_bluesky.physics import forward
 from nanobeam_bluesky.training import evaluate, train
 
-QUICK = {"steps": 40, "architecture": "SeparableNet"}
+QUICK = {"steps": 5, "counts": 6000, "architecture": "SeparableNet"}
+
+
+@pytest.fixture(autouse=True)
+def few_held_out(monkeypatch):
+    """Validate on 256 patterns: that is most of a training of a few steps."""
+    module = import_module("nanobeam_bluesky.training.train")
+    monkeypatch.setattr(module, "_HELD_OUT", 256)
 
 
 def test_specialised_network_is_better_than_the_shipped_one_and_knows_its_errors(
@@ -23,7 +32,7 @@ def test_specialised_network_is_better_than_the_shipped_one_and_knows_its_errors
     )
     assert [a.settings["start"] for a in (shipped, special)] == ["universal", "network"]
     before, after = (
-        evaluate(a, geometry, counts=6000, n=2000, seed=1).rmse for a in (shipped, special)
+        evaluate(a, geometry, counts=6000, n=500, seed=1).rmse for a in (shipped, special)
     )
     assert np.mean([after[name] / before[name] for name in before]) < 1
     truth = np.random.default_rng(2).uniform(-1, 1, (3, 1000)).T * [0.005, 0.05, 0.1]
@@ -53,7 +62,7 @@ def test_where_the_shipped_network_is_of_no_use_one_is_trained_from_scratch(
 
 
 def test_network_from_scratch_beats_the_correlation_fit_in_seconds(geometry):
-    network, card = train(geometry, architecture="SeparableNet", counts=(1e3, 1e5), steps=500)
+    network, card = train(geometry, architecture="SeparableNet", counts=(1e3, 1e5), steps=250)
     conventional = Analyzer.for_geometry(geometry, method="correlation")
     trained, fitted = (
         evaluate(estimator, geometry, counts=6000, n=1000, seed=1).rmse
@@ -88,9 +97,11 @@ def test_same_seed_gives_the_same_network(geometry):
 
 def test_time_ends_the_training(geometry):
     seen = []
-    _, card = train(geometry, architecture="SeparableNet", seconds=2, progress=seen.append)
+    _, card = train(
+        geometry, architecture="SeparableNet", counts=6000, seconds=0.5, progress=seen.append
+    )
     assert seen[-1].fraction == 1
-    assert seen[-1].seconds >= 2
+    assert seen[-1].seconds >= 0.5
     assert [p.fraction for p in seen] == sorted(p.fraction for p in seen)
     assert card.training["steps"] > 0
 
@@ -138,8 +149,12 @@ def test_thickness_needs_the_continuous_sampling(geometry):
 
 def test_torch_threads_are_given_back(geometry):
     before = torch.get_num_threads()
-    train(geometry, **QUICK)
-    assert torch.get_num_threads() == before
+    torch.set_num_threads(2)
+    try:
+        train(geometry, **QUICK)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_unknown_architecture_is_refused(geometry):

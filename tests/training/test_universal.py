@@ -3,19 +3,18 @@
 import json
 
 import numpy as np
-import pytest
 from safetensors.torch import load_file
 
 from nanobeam_bluesky.models.universal import UniversalNet
 from nanobeam_bluesky.training.universal import train_universal
 
 
-@pytest.mark.usefixtures("one_torch_thread")
 def test_training_goes_on_where_it_ended(tmp_path, monkeypatch):
     monkeypatch.setattr("nanobeam_bluesky.training.universal._TRIED", 2)
-    (before,) = train_universal(tmp_path, steps=2, geometries=16)
+    monkeypatch.setattr("nanobeam_bluesky.training.universal._BATCH", (8, 16))
+    (before,) = train_universal(tmp_path, steps=2, geometries=8)
     early = load_file(tmp_path / "checkpoint.safetensors")
-    (after,) = train_universal(tmp_path, steps=3, geometries=16)
+    (after,) = train_universal(tmp_path, steps=3, geometries=8)
     assert (before["step"], after["step"]) == (2, 3)
     assert after["seconds"] >= before["seconds"]
     late = load_file(tmp_path / "checkpoint.safetensors")
