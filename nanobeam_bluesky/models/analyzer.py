@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -51,8 +50,6 @@ REFINED = 1.4
 perfectly sharp pupils, with which a fit may end beside the highest maximum."""
 UNSURE = 0.2
 """σ, as a part of the range, from which a network alone has not found anything."""
-
-_universal = lru_cache(maxsize=8)(universal_network)  # 70 ms; many runs share a geometry
 
 logger = logging.getLogger("nanobeam_bluesky")
 
@@ -178,7 +175,7 @@ class Analyzer:
         reason = str(missing)
         if universal:
             try:
-                shipped, reduced, digest = _universal(geometry)
+                shipped, reduced, digest = universal_network(geometry, share=True)
             except OutsideEnvelopeError as error:
                 reason = f"the shipped network does not know this geometry: {error}"
                 logger.warning("%s; starting from a library", reason)

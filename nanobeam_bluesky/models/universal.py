@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from importlib.resources import files
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from safetensors.torch import load
@@ -288,8 +289,15 @@ class ReducedNet(_TwoLooks):
         return torch.cat([found, sigma], 1)
 
 
-def universal_network(geometry: Geometry) -> tuple[ReducedNet, Reduced, str]:
+_in_use: WeakValueDictionary[Geometry, ReducedNet] = WeakValueDictionary()
+
+
+def universal_network(
+    geometry: Geometry, *, share: bool = False
+) -> tuple[ReducedNet, Reduced, str]:
     """Return the shipped network for a geometry, its reduced coordinates and the weights' hash.
+
+    To make one takes 70 ms: `share` takes one that others share already, and must not change.
 
     Raises
     ------
@@ -301,7 +309,12 @@ def universal_network(geometry: Geometry) -> tuple[ReducedNet, Reduced, str]:
     reduced = reduce_geometry(geometry)
     check_envelope(geometry, reduced)
     network, digest = _shipped()
-    return network.at(reduced), reduced, digest
+    made = _in_use.get(geometry) if share else None
+    if made is None:
+        made = network.at(reduced)
+        if share:
+            _in_use[geometry] = made
+    return made, reduced, digest
 
 
 @lru_cache(maxsize=1)
