@@ -214,7 +214,12 @@ def test_the_network_of_an_analyzer_is_freed_with_it(tmp_path):
     """Else a worker with many runs holds networks until the garbage collector comes."""
     gc.disable()
     try:
-        analyzer = Analyzer.for_geometry(Geometry.published(), store=ModelStore(tmp_path))
+        # one that no other analyzer shares
+        geometry = Geometry.published().model_copy(update={"bragg_center_px": (250.0, 251.0)})
+        analyzer = Analyzer.for_geometry(geometry, store=ModelStore(tmp_path))
+        other = Analyzer.for_geometry(geometry, store=ModelStore(tmp_path))
+        assert other._network is analyzer._network
+        del other
         freed = weakref.ref(analyzer._network)
         del analyzer
         assert freed() is None
