@@ -32,6 +32,7 @@ from nanobeam_bluesky.geometry import Geometry, GeometryError
 
 if TYPE_CHECKING:
     from nanobeam_bluesky.models import Accuracy, Card
+    from nanobeam_bluesky.retrospective import Analysis, Comparison
 
 __all__ = ["app"]
 
@@ -509,6 +510,9 @@ def analyze(
         int | None, typer.Option(help="Processes to use, up to 4 threads each.", min=1)
     ] = None,
     scheduler: Annotated[str | None, typer.Option(help="Address of a Dask cluster to use.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for figures, where methods are compared.")
+    ] = None,
 ) -> None:
     """Analyse stored runs: those of a query, each once, whatever was done before is kept."""
     # stored files are read, by many at once
@@ -517,6 +521,7 @@ def analyze(
         from nanobeam_bluesky.live import read_root_map
         from nanobeam_bluesky.models import DEFAULT_FIT
         from nanobeam_bluesky.retrospective.command import run_analyze
+        from nanobeam_bluesky.retrospective.comparison import compare as compare_runs
         from nanobeam_bluesky.retrospective.runs import Query, find_catalog
     except ImportError as error:
         _stop(f"{error}: nanobeam analyze needs pip install 'nanobeam-bluesky[tiled]'", code=2)
@@ -550,6 +555,13 @@ def analyze(
         _stop(str(error), code=2)
     except (OSError, RuntimeError) as error:
         _stop(str(error), code=1)
+    made: dict[str, list[Analysis]] = {}
+    for result in results:
+        if result.derived_uid is not None:
+            made.setdefault(result.raw_uid, []).append(result)
+    for first, *others in made.values():
+        for other in others:
+            _show_comparison(compare_runs(first.derived, other.derived), out)
     raise typer.Exit(1 if not results or any(r.failed for r in results) else 0)
 
 
@@ -568,7 +580,6 @@ def compare(
     if len(runs) < 2:
         _stop("say two runs to compare, or more", code=2)
     try:
-        from nanobeam_bluesky.plots import plot_agreement
         from nanobeam_bluesky.retrospective.comparison import compare as compare_runs
         from nanobeam_bluesky.retrospective.runs import derived_runs
     except ImportError as error:
@@ -579,24 +590,7 @@ def compare(
     except ValueError as error:
         _stop(str(error), code=2)
     for found in comparisons:
-        columns = ("points", "r", "slope", "mean difference", "rms", "within 1σ", "within 2σ")
-        table = Table("", *columns, title=f"{found.names[1]} against {found.names[0]}")
-        for name, a in found.agreement.items():
-            units = str(found.first[name].attrs.get("units", ""))
-            within = [f"{w:.1%}" for w in a.within] if a.within else ["no σ", "no σ"]
-            values = (f"{a.points}", f"{a.r:.5f}", f"{a.slope:.4f}")
-            errors_of = (f"{a.mean:.3g} {units}", f"{a.rms:.3g} {units}")
-            table.add_row(name, *values, *errors_of, *within)
-        console.print(table)
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            path = out / f"{' and '.join(found.names)}.png".replace(" ", "-")
-            lines = {name: (a.slope, a.intercept, a.r) for name, a in found.agreement.items()}
-            figure = plot_agreement(
-                found.first, found.second, list(lines), names=found.names, lines=lines
-            )
-            figure.savefig(path, dpi=120)
-            _say(f"figure in {path}")
+        _show_comparison(found, out)
 
 
 @app.command()
@@ -941,6 +935,30 @@ def remove_model(fingerprint: Fingerprint, store: Store = None) -> None:
     except (ModelNotFoundError, OSError) as error:
         _stop(str(error), code=1)
     _say(f"network {found} removed from {stored.root}")
+
+
+def _show_comparison(found: Comparison, out: Path | None) -> None:
+    """Print how well two runs agree; draw it in a folder."""
+    from nanobeam_bluesky.plots import plot_agreement
+
+    columns = ("points", "r", "slope", "mean diff.", "rms", "in 1σ", "in 2σ")
+    table = Table("", *columns, title=f"{found.names[1]} against {found.names[0]}")
+    for name, a in found.agreement.items():
+        units = str(found.first[name].attrs.get("units", ""))
+        within = [f"{w:.1%}" for w in a.within] if a.within else ["no σ", "no σ"]
+        values = (f"{a.points}", f"{a.r:.5f}", f"{a.slope:.4f}")
+        errors_of = (f"{a.mean:.3g} {units}", f"{a.rms:.3g} {units}")
+        table.add_row(name, *values, *errors_of, *within)
+    console.print(table)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / f"{' and '.join(found.names)}.png".replace(" ", "-")
+        lines = {name: (a.slope, a.intercept, a.r) for name, a in found.agreement.items()}
+        figure = plot_agreement(
+            found.first, found.second, list(lines), names=found.names, lines=lines
+        )
+        figure.savefig(path, dpi=120)
+        _say(f"figure in {path}")
 
 
 def _keep_serving(serving: AbstractContextManager[str], what: Path | None) -> None:

@@ -95,6 +95,19 @@ class Analysis:
         """Whether there are no maps, or not all."""
         return self.status == "fail"
 
+    @property
+    def derived(self) -> Any:
+        """The derived run: Tiled's client of it, or its documents.
+
+        Raises
+        ------
+        ValueError
+            If there is none.
+        """
+        if self.derived_uid is None:
+            raise ValueError(f"run {self.raw_uid[:8]} has no maps: {self.status} {self.reason}")
+        return self.documents if self.catalog is None else self.catalog[self.derived_uid]
+
     def maps(self) -> xr.Dataset:
         """Return the maps, as `to_maps` does.
 
@@ -103,12 +116,8 @@ class Analysis:
         ValueError
             If there are none.
         """
-        if self.derived_uid is None:
-            raise ValueError(f"run {self.raw_uid[:8]} has no maps: {self.status} {self.reason}")
         with _here():
-            if self.catalog is None:
-                return to_maps(self.documents)
-            return to_maps(self.catalog[self.derived_uid])
+            return to_maps(self.derived)
 
 
 def analyze(

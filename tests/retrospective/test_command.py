@@ -53,6 +53,20 @@ def test_one_bad_run_fails_the_command_and_no_other_run(nanobeam, stored, tmp_pa
     assert lines[-1] == "3 runs: 2 fail, 1 success"
 
 
+def test_methods_are_compared(nanobeam, stored, tmp_path):
+    code, lines = nanobeam(
+        "analyze", stored.uids["file"], "--catalog", stored.folder, "--to", tmp_path / "results",
+        "--method", "refine,network", "--out", tmp_path,
+    )  # fmt: skip
+    assert code == 0
+    (title,) = (line for line in lines if " against " in line)
+    assert "network" in title.partition(" against ")[0]
+    (strain,) = (line for line in lines if "strain" in line)
+    assert "│ 38 " in strain  # of 42: the network alone flags the strains beyond its range
+    (figure,) = tmp_path.glob("*.png")
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
 def test_documents_of_a_file_are_analysed(nanobeam, stored, tmp_path):
     lines = (
         json.dumps({"name": n, "doc": d}, default=lambda v: v.tolist()) for n, d in stored.documents
