@@ -94,10 +94,10 @@ def ingest(
         One for each scan: a file may hold several. What cannot be read is "failed", and the
         rest goes on.
     """
+    from nanobeam_bluesky.retrospective.runs import catalog_of_raw, writable_catalog
     from nanobeam_bluesky.tiled_adapters.writers import whole_run_writer
 
-    client = _connected(to)
-    catalog = client.get("raw", client)
+    catalog = catalog_of_raw(writable_catalog(to) if isinstance(to, str | Path) else to)
     for given in map(str, files):
         path = Path(os.path.realpath(given) if os.path.islink(given) else os.path.abspath(given))
         try:
@@ -254,19 +254,6 @@ def _compose(
         documents.append(("event_page", page))
     stop = run.compose_stop(time=begun) | {"num_events": {"primary": scan.count}}
     return [*documents, ("stop", stop)]
-
-
-def _connected(to: Any) -> Any:
-    """Return a Tiled client."""
-    if not isinstance(to, str | Path):
-        return to
-    if "://" in str(to):
-        from tiled.client import from_uri
-
-        return from_uri(str(to))
-    from nanobeam_bluesky.tiled_adapters import open_catalog
-
-    return open_catalog(to)
 
 
 # --------------------------------------------------------------------------- checks
