@@ -511,6 +511,36 @@ def test_where_no_edge_is_in_the_roi_sigma_says_how_little_is_known():
     assert abs(pull.std() - 1) < 4 / math.sqrt(600)
 
 
+# fringes without a stop: strain and ω are known by their sum, ω by the dim rim alone
+VAGUE = RING.model_copy(
+    update={
+        "thickness_nm": 200.0,
+        "pupil_blur_px": 1.2,
+        "optics": RING.optics.model_copy(update={"central_stop_diameter_um": 0.0}),
+    }
+)
+LIMITS = dict(zip(NAMES, RANGES, strict=True))
+
+
+def test_a_vague_shift_is_the_posteriors_mean_and_sigma_is_right():
+    truth, noisy, _ = draw(VAGUE, 200, 1000, background=0, seed=44)
+    found = refine(noisy, near(truth, 1000), VAGUE, ranges=LIMITS)
+    pull = pulls(found, truth)
+    assert abs(np.sqrt((pull**2).mean(axis=0)) - 1).max() < 4 / math.sqrt(400)
+    assert (abs(pull) < 2).mean() > 0.92
+    alone = refine(noisy, near(truth, 1000), VAGUE)
+    rmse = [np.sqrt(((values_of(f) - truth) ** 2).mean(axis=0)) for f in (found, alone)]
+    assert rmse[0][1] < rmse[1][1]
+
+
+def test_what_a_pattern_tells_counts_more_than_the_ranges():
+    truth, noisy, _ = draw(VAGUE, 60, 1000, background=0, seed=45)
+    narrow = {name: limit / 10 for name, limit in LIMITS.items()}
+    found = refine(noisy, near(truth, 1000), VAGUE, ranges=narrow)
+    lost = (abs(pulls(found, truth)) > 5).any(axis=1) & (found.flags == 0)
+    assert lost.sum() <= 1
+
+
 @pytest.mark.parametrize("ranges", [None, {"strain": 0.01, "chi": 0.2}])
 def test_without_a_start_it_is_the_librarys(ranges):
     _, noisy, _ = draw(RING, 50, 6000, seed=36)
