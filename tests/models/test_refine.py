@@ -523,10 +523,10 @@ LIMITS = dict(zip(NAMES, RANGES, strict=True))
 
 
 def test_a_vague_shift_is_the_posteriors_mean_and_sigma_is_right():
-    truth, noisy, _ = draw(VAGUE, 200, 1000, background=0, seed=44)
+    truth, noisy, _ = draw(VAGUE, 100, 1000, background=0, seed=44)
     found = refine(noisy, near(truth, 1000), VAGUE, ranges=LIMITS)
     pull = pulls(found, truth)
-    assert abs(np.sqrt((pull**2).mean(axis=0)) - 1).max() < 4 / math.sqrt(400)
+    assert abs(np.sqrt((pull**2).mean(axis=0)) - 1).max() < 4 / math.sqrt(200)
     assert (abs(pull) < 2).mean() > 0.92
     alone = refine(noisy, near(truth, 1000), VAGUE)
     rmse = [np.sqrt(((values_of(f) - truth) ** 2).mean(axis=0)) for f in (found, alone)]
