@@ -381,6 +381,12 @@ def _average(
     straight, by importance sampling; all else goes along as the covariance says. Patterns of
     which too few samples count are left as they are.
     """
+    known = fitted.covariance[which, :_SHIFTS, :_SHIFTS]
+    sigma = np.sqrt(np.maximum(np.diagonal(known, axis1=1, axis2=2), 1e-300))
+    apart = np.linalg.eigvalsh(known / (sigma[:, :, None] * sigma[:, None, :]))[:, 0]
+    which = which[apart > 1e-9]  # else not to be told apart at all
+    if len(which) == 0:
+        return
     values, covariance = fitted.values[which], fitted.covariance[which]
     known = covariance[:, :_SHIFTS, :_SHIFTS]
     along = covariance[:, :, :_SHIFTS] @ np.linalg.inv(known)  # 1 for the shifts themselves
