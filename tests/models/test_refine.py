@@ -533,6 +533,31 @@ def test_a_vague_shift_is_the_posteriors_mean_and_sigma_is_right():
     assert rmse[0][1] < rmse[1][1]
 
 
+def test_samples_find_mean_and_covariance_but_of_shifts_that_cannot_be_told_apart():
+    values, covariance = np.zeros((2, 7)), np.zeros((2, 7, 7))
+    covariance[0, :3, :3] = 1  # one direction only
+    covariance[1, :3, :3] = np.eye(3)
+    covariance[1, 3, 0] = covariance[1, 0, 3] = 0.5  # goes along
+    covariance[1, 3, 3] = 1
+    before = covariance.copy()
+    fitted = refinement.Fitted(values, covariance, np.zeros((2, 7)), np.ones(2, bool))
+    truly = np.array([0.4, -0.3, 0.2])
+    precision = np.linalg.inv(wanted := np.diag([1.2, 0.8, 1.0]) + 0.2)
+
+    def heights(points, which):
+        off = points[:, :, :3] - truly
+        return np.einsum("nmi,ij,nmj->nm", off, precision, off)
+
+    refinement._average(fitted, heights, np.arange(2))
+    np.testing.assert_array_equal(fitted.covariance[0], before[0])
+    np.testing.assert_array_equal(fitted.values[0], 0)
+    np.testing.assert_allclose(fitted.values[1, :4], [*truly, 0.5 * truly[0]], atol=0.05)
+    np.testing.assert_allclose(fitted.covariance[1, :3, :3], wanted, atol=0.15)
+    np.testing.assert_allclose(
+        fitted.covariance[1, 3], 0.5 * fitted.covariance[1, 0] + [0, 0, 0, 0.75, 0, 0, 0], atol=1e-9
+    )
+
+
 def test_what_a_pattern_tells_counts_more_than_the_ranges():
     truth, noisy, _ = draw(VAGUE, 60, 1000, background=0, seed=45)
     narrow = {name: limit / 10 for name, limit in LIMITS.items()}
