@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtri
 
 from nanobeam_bluesky.geometry import Geometry, RectangularPupil
 from nanobeam_bluesky.models.correlation import PARAMETERS
@@ -69,12 +70,16 @@ THICKNESS_OFF = 0.1  # … where it also is off by this part
 MODEL_ERROR = 0.05  # no misfit below this root mean square error of the model
 
 _JUMP = 8.0  # farther from the start, in σ of both, is no surprise only for a bad start
-_WIDE_PX = 0.25  # σ of shift_x from which the likelihood may have other maxima along it
+_WIDE_PX = 0.25  # σ of a shift from which the likelihood may have other maxima along it, …
+_WIDE_SHARP_PX = 0.1  # … of a perfectly sharp pupil, whose likelihood has kinks
 _UNKNOWN_PX = 1.0  # the same of the start
 _ASIDE = 12  # steps to either side to look for them, …
 _ASIDE_PX = 2.0  # … of this
 _GROWTHS = np.linspace(1e-3, 1, 500)  # of steps, …
 _REACHES = np.sinh(_ASIDE * _GROWTHS) / _GROWTHS  # … with which they reach so many of the first
+_OUTSIDE = 6.0  # deviance that being out of the ranges counts as: 20 times less likely
+_SAMPLES = 256  # of the likelihood around a vague maximum, half of them twice as far away
+_LEAST_SAMPLES = 10.0  # that count
 _LOST_PX = 50.0  # σ beyond which a shift is not known at all
 _LEAD = 4.0  # deviance by which another must be better: the start knew something, too
 LEAST_BLUR_PX = 0.25  # of straight edges: sharper, they have a maximum in every pixel column
@@ -122,7 +127,8 @@ def refine(
     mask
         True for pixels to leave out, (ny, nx) or (n, ny, nx).
     ranges
-        Of the library that `library_search` takes, where it is needed.
+        Of the library that `library_search` takes, where it is needed. Where a pattern hardly
+        tells a shift, values beyond them count as 20 times less likely than those within.
 
     Returns
     -------
@@ -148,6 +154,9 @@ def refine(
     known to 4 pixels or 1/4 fringe only, it is done again from the library's likeliest pattern,
     or from the second one if it has been near the first; so it is where a fit starts from the
     library and two of its patterns are about as likely. The better of both fits counts.
+
+    Where a shift is known to 0.25 pixels only (0.1, if the pupil is perfectly sharp), the mean
+    and the covariance of the posterior are returned instead of the maximum and its curvature.
     """
     return refine_checked(check(patterns, geometry, mask), start, geometry, fit, mask, ranges)
 
@@ -187,16 +196,22 @@ def refine_checked(
             counts[which], begin, geometry, fit=fit, used=used(which), which=lit[which], reach=reach
         )
 
-    def profile(values: Floats, along: Floats, offsets: Floats, which: Any) -> Floats:
-        shown, masks, out = counts[which], used(which), np.empty(offsets.shape)
+    def heights(points: Floats, which: Any) -> Floats:
+        shown, masks, out = counts[which], used(which), np.empty(points.shape[:2])
+        background = fitted.values[which, _BACKGROUND]
         in_threads(
-            lambda part: _profile(
+            lambda part: _heights(
                 plan, shown[part], masks[part] if len(masks) > 1 else masks,
-                values[part], along[part], offsets[part], out[part],
+                points[part], background[part], out[part],
             ),
-            len(values),
+            len(points),
         )  # fmt: skip
-        return out
+        outside = np.zeros(out.shape, np.bool_)
+        found = angles(plan, *np.moveaxis(points[:, :, :_SHIFTS], 2, 0))
+        for name, value in zip(PARAMETERS, found, strict=True):
+            if ranges is not None and name in ranges:
+                outside |= np.abs(value) > ranges[name]
+        return np.where(outside, out + _OUTSIDE, out)
 
     found, everything = None, slice(None)
     if start is None:
@@ -218,15 +233,21 @@ def refine_checked(
         begin, reach, _ = _begin(other, plan, "thickness" in fit)
         _keep_better(fitted, fit_from(begin, reach, which), which)
         estimates = _estimates(fitted, plan, fit, total, lit, start)
+    vague = _WIDE_PX if geometry.pupil_blur_px else _WIDE_SHARP_PX
     for axis in (_X,) if plan.round else (_X, _Y):
-        wide = np.sqrt(fitted.covariance[:, axis, axis]) > _WIDE_PX
+        wide = np.sqrt(fitted.covariance[:, axis, axis]) > vague
         wide |= sigma[:, axis] > _UNKNOWN_PX
         middle, width = _plateau(plan, axis)
         wide |= np.abs(fitted.values[:, axis] - middle) < width / 2 + _ASIDE_PX
         which = np.flatnonzero(lit & fitted.converged & wide)
         if len(which):
-            _look_aside(fitted, fit_from, profile, axis, which, 4 if "thickness" in fit else 3)
+            _look_aside(fitted, fit_from, heights, axis, which, 4 if "thickness" in fit else 3)
             estimates = _estimates(fitted, plan, fit, total, lit, start)
+    wide = fitted.covariance[:, (_X, _Y), (_X, _Y)].max(axis=1) > vague**2
+    which = np.flatnonzero(lit & fitted.converged & wide)
+    if len(which):
+        _average(fitted, heights, which)
+        estimates = _estimates(fitted, plan, fit, total, lit, start)
     flags = estimates.flags | np.where(checked.fractional, int(Flag.MISFIT), 0)
     estimates = replace(estimates, flags=flags)
     return estimates.put(broken, Estimates.empty(int(broken.sum()), Flag.MISFIT))
@@ -302,7 +323,7 @@ def _keep_better(fitted: Fitted, other: Fitted, which: NDArray[np.intp]) -> None
 def _look_aside(
     fitted: Fitted,
     fit_from: Callable[[Floats, Floats, Any], Fitted],
-    profile: Callable[[Floats, Floats, Floats, Any], Floats],
+    heights: Callable[[Floats, Any], Floats],
     axis: int,
     which: NDArray[np.intp],
     parameters: int,
@@ -312,16 +333,19 @@ def _look_aside(
     A thick film's light may not reach the ends of the pupil. Then dq is well known, shift_x is
     not, and the likelihood along it may have several maxima, often one in every pixel column;
     where an edge is dark, or off the ROI, it is flat far and wide. Returned are the
-    posterior's mean along the shift, which has the least expected square error, and its σ; all
-    else goes along as the covariance says.
+    posterior's mean along the shift and its σ; all else goes along as the covariance says.
     """
     steps = np.arange(-_ASIDE, _ASIDE + 1)
     straight = np.zeros((len(which), _P))
     straight[:, axis] = 1
     offsets = np.tile(_ASIDE_PX * steps, (len(which), 1))
-    heights = profile(fitted.values[which], straight, offsets, which)
-    lowest = steps[heights.argmin(axis=1)]
-    higher = (heights.min(axis=1) < heights[:, _ASIDE] - _LEAD) & (np.abs(lowest) > 1)
+
+    def profile(along: Floats) -> Floats:
+        return heights(fitted.values[which, None] + offsets[:, :, None] * along[:, None], which)
+
+    found = profile(straight)
+    lowest = steps[found.argmin(axis=1)]
+    higher = (found.min(axis=1) < found[:, _ASIDE] - _LEAD) & (np.abs(lowest) > 1)
     if higher.any():
         begin = fitted.values[which[higher], :parameters]
         begin[:, axis] += _ASIDE_PX * lowest[higher]
@@ -338,14 +362,65 @@ def _look_aside(
     sigma = np.minimum(np.sqrt(variance), _ASIDE_PX)[:, None]
     growth = np.interp(_ASIDE * _ASIDE_PX / sigma, _REACHES, _GROWTHS)
     offsets = sigma * np.sinh(growth * steps) / growth
-    heights = profile(fitted.values[which], along, offsets, which)
-    weight = np.exp(-0.5 * (heights - heights.min(axis=1, keepdims=True)))
+    found = profile(along)
+    weight = np.exp(-0.5 * (found - found.min(axis=1, keepdims=True)))
     weight *= np.cosh(growth * steps)
     weight /= weight.sum(axis=1, keepdims=True)
     mean = (weight * offsets).sum(axis=1)
     more = (weight * (offsets - mean[:, None]) ** 2).sum(axis=1) - variance
     fitted.values[which] += mean[:, None] * along
     fitted.covariance[which] += more[:, None, None] * along[:, :, None] * along[:, None, :]
+
+
+def _average(
+    fitted: Fitted, heights: Callable[[Floats, Any], Floats], which: NDArray[np.intp]
+) -> None:
+    """Put the posterior's mean, which has the least expected square error, and its covariance.
+
+    Over all three shifts of the patterns `which`, as a vague maximum is neither symmetric nor
+    straight, by importance sampling; all else goes along as the covariance says. Patterns of
+    which too few samples count are left as they are.
+    """
+    known = fitted.covariance[which, :_SHIFTS, :_SHIFTS]
+    sigma = np.sqrt(np.maximum(np.diagonal(known, axis1=1, axis2=2), 1e-300))
+    apart = np.linalg.eigvalsh(known / (sigma[:, :, None] * sigma[:, None, :]))[:, 0]
+    which = which[apart > 1e-9]  # else not to be told apart at all
+    if len(which) == 0:
+        return
+    values, covariance = fitted.values[which], fitted.covariance[which]
+    known = covariance[:, :_SHIFTS, :_SHIFTS]
+    along = covariance[:, :, :_SHIFTS] @ np.linalg.inv(known)  # 1 for the shifts themselves
+    samples, log_density = _samples()
+    offsets = samples @ np.linalg.cholesky(known).swapaxes(1, 2)
+    points = values[:, None] + offsets @ along.swapaxes(1, 2)
+    found = heights(points, which)
+    found[(np.abs(offsets[:, :, : _Y + 1]) > _ASIDE * _ASIDE_PX).any(axis=2)] = np.inf
+    weight = -0.5 * found - log_density
+    best = weight.max(axis=1, keepdims=True)
+    weight = np.exp(weight - np.where(np.isfinite(best), best, 0))
+    weight /= np.maximum(weight.sum(axis=1, keepdims=True), 1)  # 0 where nothing is lit
+    count = 1 / np.maximum((weight**2).sum(axis=1), 1e-300)
+    mean = np.einsum("nm,nmi->ni", weight, offsets)
+    offsets -= mean[:, None]
+    more = np.einsum("nm,nmi,nmj->nij", weight, offsets, offsets) - known
+    enough = (count > _LEAST_SAMPLES) & np.isfinite(best[:, 0])
+    which, along = which[enough], along[enough]
+    fitted.values[which] += (along @ mean[enough, :, None])[:, :, 0]
+    fitted.covariance[which] += along @ more[enough] @ along.swapaxes(1, 2)
+
+
+@lru_cache(maxsize=1)
+def _samples() -> tuple[Floats, Floats]:
+    """Points of two Gaussians, of σ 1 and 2, and the logarithm of their density, but for a sum.
+
+    (m, 3) and (m,); evenly spread, by multiples of the powers of the root of x⁴ = x + 1.
+    """
+    steps = 1.2207440846057596 ** -np.arange(1.0, _SHIFTS + 1)
+    even = (0.5 + np.arange(1, _SAMPLES + 1)[:, None] * steps) % 1
+    widths = np.array([1.0, 2.0])
+    points = ndtri(even) * np.resize(widths, _SAMPLES)[:, None]
+    exponent = -0.5 * (points**2).sum(axis=1)[:, None] / widths**2
+    return points, np.log((np.exp(exponent) / widths**_SHIFTS).sum(axis=1))
 
 
 def fit_shifts(
@@ -560,22 +635,21 @@ def _model(
 
 
 @kernel
-def _profile(
+def _heights(
     plan: ContinuousPlan,
     counts: NDArray[np.float32],
     masks: NDArray[np.float32],
-    values: Floats,
-    along: Floats,
-    offsets: Floats,
+    points: Floats,
+    backgrounds: Floats,
     out: Floats,
 ) -> None:
-    """Fill out (n, m): −2 log likelihood at offsets (n, m) along (n, 7) from values (n, 7).
+    """Fill out (n, m): −2 log likelihood at points (n, m, 4 or more), with backgrounds (n,).
 
-    The scale is the most likely one.
+    The scale is the most likely one. A background may be light that the pupil has where the
+    fit was, but not where the point is: it counts as none where that is likelier.
     """
     n, ny, nx = counts.shape
     pattern = np.zeros((1, nx, ny))
-    trial = np.zeros(_P)
     for i in range(n):
         mask = masks[i if masks.shape[0] > 1 else 0]
         total = pixels = 0.0
@@ -584,27 +658,29 @@ def _profile(
                 total += mask[y, x] * counts[i, y, x]
                 pixels += mask[y, x]
         for j in range(out.shape[1]):
-            for a in range(_P):
-                trial[a] = values[i, a] + offsets[i, j] * along[i, a]
+            trial, background = points[i, j], backgrounds[i]
             pattern_channels(plan, trial[_X], trial[_Y], trial[_DQ], trial[_THICKNESS], pattern)
             light = 0.0
             for x in range(nx):
                 for y in range(ny):
                     light += mask[y, x] * pattern[0, x, y]
             out[i, j] = np.inf
-            background = values[i, _BACKGROUND]
             if not light > 0:  # nor where it is not a number
                 continue
-            scale = max((total - background * pixels) / light, 0.1 * total / light)
-            floor = max(background, _FAINT * scale)
-            value = scale * light + floor * pixels
-            for x in range(nx):
-                for y in range(ny):
-                    if mask[y, x] * counts[i, y, x] > 0:
-                        value -= counts[i, y, x] * math.log(
-                            max(scale * pattern[0, x, y], 0.0) + floor
-                        )
-            out[i, j] = 2 * value
+            for _ in range(2):
+                scale = max((total - background * pixels) / light, 0.1 * total / light)
+                floor = max(background, _FAINT * scale)
+                value = scale * light + floor * pixels
+                for x in range(nx):
+                    for y in range(ny):
+                        if mask[y, x] * counts[i, y, x] > 0:
+                            value -= counts[i, y, x] * math.log(
+                                max(scale * pattern[0, x, y], 0.0) + floor
+                            )
+                out[i, j] = min(out[i, j], 2 * value)
+                if background == 0:
+                    break
+                background = 0.0
 
 
 @kernel

@@ -452,28 +452,30 @@ def test_of_several_maxima_the_better_counts_and_the_others_widen_sigma():
         assert lost <= 5
 
 
-@pytest.mark.parametrize("background", [0, 0.05])
-def test_a_likelihood_is_followed_as_scipy_computes_it(background):
-    truth, noisy, _ = draw(RING, 3, 1000, background=background, seed=41)
+@pytest.mark.parametrize(("truly", "background"), [(0, 0), (0, 0.01), (0.05, 0.05)])
+def test_a_likelihood_is_followed_as_scipy_computes_it(truly, background):
+    truth, noisy, _ = draw(RING, 3, 1000, background=truly, seed=41)
     plan = continuous_plan(RING)
-    values = np.zeros((3, 7))
-    values[:, :3] = np.stack(shifts(plan, *truth.T), 1)
-    values[:, 3], values[:, 6] = plan.thickness, background
-    along = np.zeros((3, 7))
-    along[:, :3] = [1, 0.3, 1e-4]
-    offsets = np.random.default_rng(1).uniform(-3, 3, (3, 4))
+    points = np.zeros((3, 4, 7))
+    points[:, :, :3] = np.stack(shifts(plan, *truth.T), 1)[:, None]
+    rng = np.random.default_rng(1)
+    points[:, 1:, :3] += rng.uniform(-3, 3, (3, 3, 1)) * [1, 0.3, 1e-4]
+    points[:, :, 3] = plan.thickness
     masks = np.ones((1, 64, 64), np.float32)
     masks[0, 20:30] = 0
     found = np.empty((3, 4))
-    refinement._profile(plan, noisy.astype(np.float32), masks, values, along, offsets, found)
+    level = np.full(3, background)
+    refinement._heights(plan, noisy.astype(np.float32), masks, points, level, found)
     for i, j in np.ndindex(3, 4):
-        moved = values[i, :3] + offsets[i, j] * along[i, :3]
-        shown = forward(*angles(plan, *moved[:, None]), RING)[0][masks[0] > 0].astype(float)
+        moved = angles(plan, *points[i, j, :3, None])
+        shown = forward(*moved, RING)[0][masks[0] > 0].astype(float)
         n = noisy[i][masks[0] > 0]
-        level = (n.sum() - background * n.size) / shown.sum()
-        mu = np.maximum(level * shown, 0) + max(background, 1e-6 * level)
-        plain = 2 * (mu - xlogy(n, mu)).sum()
-        np.testing.assert_allclose(found[i, j], plain, rtol=1e-5)
+        plain = []
+        for floor in {background, 0}:
+            scale = (n.sum() - floor * n.size) / shown.sum()
+            mu = np.maximum(scale * shown, 0) + max(floor, 1e-6 * scale)
+            plain.append(2 * (mu - xlogy(n, mu)).sum())
+        np.testing.assert_allclose(found[i, j], min(plain), rtol=1e-5)
 
 
 def test_a_far_higher_maximum_is_found_from_a_start_that_is_sure_of_another():
@@ -506,6 +508,61 @@ def test_where_no_edge_is_in_the_roi_sigma_says_how_little_is_known():
     pull = pulls(found, truth)[:, 2]
     assert abs(pull).max() < 5
     assert abs(pull.std() - 1) < 4 / math.sqrt(600)
+
+
+# fringes without a stop: strain and ω are known by their sum, ω by the dim rim alone
+VAGUE = RING.model_copy(
+    update={
+        "thickness_nm": 200.0,
+        "pupil_blur_px": 1.2,
+        "optics": RING.optics.model_copy(update={"central_stop_diameter_um": 0.0}),
+    }
+)
+LIMITS = dict(zip(NAMES, RANGES, strict=True))
+
+
+def test_a_vague_shift_is_the_posteriors_mean_and_sigma_is_right():
+    truth, noisy, _ = draw(VAGUE, 100, 1000, background=0, seed=44)
+    found = refine(noisy, near(truth, 1000), VAGUE, ranges=LIMITS)
+    pull = pulls(found, truth)
+    assert abs(np.sqrt((pull**2).mean(axis=0)) - 1).max() < 4 / math.sqrt(200)
+    assert (abs(pull) < 2).mean() > 0.92
+    alone = refine(noisy, near(truth, 1000), VAGUE)
+    rmse = [np.sqrt(((values_of(f) - truth) ** 2).mean(axis=0)) for f in (found, alone)]
+    assert rmse[0][1] < rmse[1][1]
+
+
+def test_samples_find_mean_and_covariance_but_of_shifts_that_cannot_be_told_apart():
+    values, covariance = np.zeros((2, 7)), np.zeros((2, 7, 7))
+    covariance[0, :3, :3] = 1  # one direction only
+    covariance[1, :3, :3] = np.eye(3)
+    covariance[1, 3, 0] = covariance[1, 0, 3] = 0.5  # goes along
+    covariance[1, 3, 3] = 1
+    before = covariance.copy()
+    fitted = refinement.Fitted(values, covariance, np.zeros((2, 7)), np.ones(2, bool))
+    truly = np.array([0.4, -0.3, 0.2])
+    precision = np.linalg.inv(wanted := np.diag([1.2, 0.8, 1.0]) + 0.2)
+
+    def heights(points, which):
+        off = points[:, :, :3] - truly
+        return np.einsum("nmi,ij,nmj->nm", off, precision, off)
+
+    refinement._average(fitted, heights, np.arange(2))
+    np.testing.assert_array_equal(fitted.covariance[0], before[0])
+    np.testing.assert_array_equal(fitted.values[0], 0)
+    np.testing.assert_allclose(fitted.values[1, :4], [*truly, 0.5 * truly[0]], atol=0.05)
+    np.testing.assert_allclose(fitted.covariance[1, :3, :3], wanted, atol=0.15)
+    np.testing.assert_allclose(
+        fitted.covariance[1, 3], 0.5 * fitted.covariance[1, 0] + [0, 0, 0, 0.75, 0, 0, 0], atol=1e-9
+    )
+
+
+def test_what_a_pattern_tells_counts_more_than_the_ranges():
+    truth, noisy, _ = draw(VAGUE, 60, 1000, background=0, seed=45)
+    narrow = {name: limit / 10 for name, limit in LIMITS.items()}
+    found = refine(noisy, near(truth, 1000), VAGUE, ranges=narrow)
+    lost = (abs(pulls(found, truth)) > 5).any(axis=1) & (found.flags == 0)
+    assert lost.sum() <= 1
 
 
 @pytest.mark.parametrize("ranges", [None, {"strain": 0.01, "chi": 0.2}])
