@@ -77,7 +77,6 @@ _ASIDE = 12  # steps to either side to look for them, …
 _ASIDE_PX = 2.0  # … of this
 _GROWTHS = np.linspace(1e-3, 1, 500)  # of steps, …
 _REACHES = np.sinh(_ASIDE * _GROWTHS) / _GROWTHS  # … with which they reach so many of the first
-_OUTSIDE = 6.0  # deviance that being out of the ranges counts as: 20 times less likely
 _SAMPLES = 256  # of the likelihood around a vague maximum, half of them twice as far away
 _LEAST_SAMPLES = 10.0  # that count
 _LOST_PX = 50.0  # σ beyond which a shift is not known at all
@@ -127,8 +126,7 @@ def refine(
     mask
         True for pixels to leave out, (ny, nx) or (n, ny, nx).
     ranges
-        Of the library that `library_search` takes, where it is needed. Where a pattern hardly
-        tells a shift, values beyond them count as 20 times less likely than those within.
+        Of the library that `library_search` takes, where it is needed.
 
     Returns
     -------
@@ -206,12 +204,7 @@ def refine_checked(
             ),
             len(points),
         )  # fmt: skip
-        outside = np.zeros(out.shape, np.bool_)
-        found = angles(plan, *np.moveaxis(points[:, :, :_SHIFTS], 2, 0))
-        for name, value in zip(PARAMETERS, found, strict=True):
-            if ranges is not None and name in ranges:
-                outside |= np.abs(value) > ranges[name]
-        return np.where(outside, out + _OUTSIDE, out)
+        return out
 
     found, everything = None, slice(None)
     if start is None:

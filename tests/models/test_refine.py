@@ -518,18 +518,14 @@ VAGUE = RING.model_copy(
         "optics": RING.optics.model_copy(update={"central_stop_diameter_um": 0.0}),
     }
 )
-LIMITS = dict(zip(NAMES, RANGES, strict=True))
 
 
 def test_a_vague_shift_is_the_posteriors_mean_and_sigma_is_right():
     truth, noisy, _ = draw(VAGUE, 100, 1000, background=0, seed=44)
-    found = refine(noisy, near(truth, 1000), VAGUE, ranges=LIMITS)
+    found = refine(noisy, near(truth, 1000), VAGUE)
     pull = pulls(found, truth)
     assert abs(np.sqrt((pull**2).mean(axis=0)) - 1).max() < 4 / math.sqrt(200)
     assert (abs(pull) < 2).mean() > 0.92
-    alone = refine(noisy, near(truth, 1000), VAGUE)
-    rmse = [np.sqrt(((values_of(f) - truth) ** 2).mean(axis=0)) for f in (found, alone)]
-    assert rmse[0][1] < rmse[1][1]
 
 
 def test_samples_find_mean_and_covariance_but_of_shifts_that_cannot_be_told_apart():
@@ -555,14 +551,6 @@ def test_samples_find_mean_and_covariance_but_of_shifts_that_cannot_be_told_apar
     np.testing.assert_allclose(
         fitted.covariance[1, 3], 0.5 * fitted.covariance[1, 0] + [0, 0, 0, 0.75, 0, 0, 0], atol=1e-9
     )
-
-
-def test_what_a_pattern_tells_counts_more_than_the_ranges():
-    truth, noisy, _ = draw(VAGUE, 60, 1000, background=0, seed=45)
-    narrow = {name: limit / 10 for name, limit in LIMITS.items()}
-    found = refine(noisy, near(truth, 1000), VAGUE, ranges=narrow)
-    lost = (abs(pulls(found, truth)) > 5).any(axis=1) & (found.flags == 0)
-    assert lost.sum() <= 1
 
 
 @pytest.mark.parametrize("ranges", [None, {"strain": 0.01, "chi": 0.2}])
