@@ -131,6 +131,9 @@ class RunPipeline:
     pages
         A page leaves when so many points are ready, or so many seconds after the first; by
         default `PAGE_POINTS` and `PAGE_SECONDS`.
+    patience
+        How long after the raw stop frames may take to become readable, s; by default
+        `DEADLINE_SECONDS`.
     """
 
     def __init__(
@@ -146,6 +149,7 @@ class RunPipeline:
         root_map: Mapping[str, str] | None = None,
         earlier: Callable[[DerivedRun], Earlier | None] | None = None,
         pages: tuple[int, float] | None = None,
+        patience: float | None = None,
     ) -> None:
         self.key = str(uuid.uuid4())
         self.start = start
@@ -166,6 +170,7 @@ class RunPipeline:
         self._calibration_due = 0.0
         self._raw_stop: Mapping[str, Any] | None = None
         self._deadline = float("inf")
+        self._patience = DEADLINE_SECONDS if patience is None else patience
         self._problem = ""
         self._tasks = 0
         self._pending: deque[_Pending] = deque()
@@ -212,7 +217,7 @@ class RunPipeline:
                 else:
                     self._position(label, block)
             self._raw_stop = doc
-            self._deadline = now + DEADLINE_SECONDS
+            self._deadline = now + self._patience
             if self._geometry is None:
                 self._try_geometry(last_chance=True)
         else:

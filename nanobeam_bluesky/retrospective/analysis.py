@@ -339,6 +339,7 @@ class _Session:
                 root_map=self.root_map,
                 earlier=partial(self._earlier, job),
                 pages=PAGES,
+                patience=0,  # what is not readable now will not be in a moment
             )
             for name, doc in recording.documents:
                 pipeline.document(name, doc)
