@@ -27,6 +27,8 @@ from nanobeam_bluesky.retrospective.cluster import connected
 
 __all__ = ["Cluster", "Pool", "Threads", "Workers"]
 
+_WAITING = 4
+"""Tasks for each core: some wait, as writing to Tiled keeps their giver for 0.2 s."""
 _RESULT_SECONDS = 60.0
 _RUNS_KEPT = 16
 """Runs whose analyzer and open files a process of a cluster keeps."""
@@ -67,7 +69,7 @@ class _Answers:
 class Threads:
     """Works in threads of this process."""
 
-    in_flight = THREADS + 1
+    in_flight = _WAITING * THREADS
     at_once = 2
     cores = THREADS
 
@@ -129,7 +131,7 @@ class Workers:
             raise ValueError(f"workers = {count}: expected 1 or more")
         self._answers = _Answers()
         self._workers = [self._worker() for _ in range(count)]
-        self.in_flight = WorkerClient.in_flight * count
+        self.in_flight = _WAITING * THREADS * count
         self.at_once = count + 1
         self.cores = min(THREADS * count, os.cpu_count() or 1)
 
@@ -197,7 +199,7 @@ class Cluster:
     @property
     def in_flight(self) -> int:
         """Some tasks wait, so that no worker does."""
-        return 3 * self.cores
+        return _WAITING * self.cores
 
     @property
     def at_once(self) -> int:
