@@ -6,6 +6,7 @@ import os
 import queue
 import socket
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -27,8 +28,10 @@ from nanobeam_bluesky.retrospective.cluster import connected
 
 __all__ = ["Cluster", "Pool", "Threads", "Workers"]
 
-_WAITING = 4
-"""Tasks for each core: some wait, as writing to Tiled keeps their giver for 0.2 s."""
+_WAITING = 8
+"""Tasks for each core: some wait, as reading and writing Tiled keep their giver for 0.5 s."""
+_COUNT_SECONDS = 5.0
+"""How often a cluster is asked for its workers."""
 _RESULT_SECONDS = 60.0
 _RUNS_KEPT = 16
 """Runs whose analyzer and open files a process of a cluster keeps."""
@@ -189,12 +192,17 @@ class Cluster:
         self._answers = _Answers()
         self._settings: dict[str, tuple[Geometry, AnalyzerChoice, Mapping[str, Any]]] = {}
         self._futures: dict[str, set[Any]] = {}
+        self._cores, self._counted = 1, float("-inf")
 
     @property
     def cores(self) -> int:
         """Threads of all workers."""
-        workers = self._client.scheduler_info(n_workers=-1)["workers"]
-        return max(1, sum(int(worker["nthreads"]) for worker in workers.values()))
+        now = time.monotonic()
+        if now > self._counted + _COUNT_SECONDS:  # the scheduler's answer takes 2 ms
+            workers = self._client.scheduler_info(n_workers=-1)["workers"]
+            self._cores = max(1, sum(int(worker["nthreads"]) for worker in workers.values()))
+            self._counted = now
+        return self._cores
 
     @property
     def in_flight(self) -> int:
@@ -204,7 +212,7 @@ class Cluster:
     @property
     def at_once(self) -> int:
         """As many runs as can be worked on."""
-        return 1 + self.cores
+        return 2 + self.cores
 
     def open(self, pipeline: RunPipeline, geometry: Geometry, choice: AnalyzerChoice) -> None:
         """Ask a worker which analyzer it has."""
