@@ -18,7 +18,7 @@ from nanobeam_bluesky import Geometry, analyze, to_maps
 from nanobeam_bluesky.documents import pipeline
 from nanobeam_bluesky.models import Flag
 from nanobeam_bluesky.physics import simulate_library
-from nanobeam_bluesky.retrospective import Query, analysis
+from nanobeam_bluesky.retrospective import Query, analysis, executors
 from nanobeam_bluesky.retrospective.cluster import library_on_cluster, train_ensemble
 from nanobeam_bluesky.tiled_adapters import open_catalog, raw_writer, serve
 
@@ -137,6 +137,7 @@ def test_files_that_are_not_here_are_read_by_way_of_tiled(stored, live, elsewher
 def test_interrupted_work_goes_on_with_the_missing_points(stored, live, elsewhere, monkeypatch):
     monkeypatch.setattr(pipeline, "TASK_POINTS", 8)
     monkeypatch.setattr(analysis, "PAGES", (8, 10.0))
+    monkeypatch.setattr(executors.Threads, "in_flight", 1)
     uid = stored.uids["file"]
 
     class Killed(BaseException):
