@@ -1,6 +1,9 @@
 """``nanobeam analyze`` says in a line what became of each run, and by its exit code of all."""
 
 import json
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -98,6 +101,15 @@ def test_wrong_usage_is_said_in_a_line(nanobeam, stored, arguments, words):
     assert words in text
     assert "secret" not in text
     assert "Traceback" not in text
+
+
+def test_the_example_plots_every_scan(stored, tmp_path, monkeypatch, capsys):
+    example = Path(__file__).parents[2] / "examples" / "retrospective.py"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(example), str(stored.folder)])
+    runpy.run_path(str(example), run_name="__main__")
+    assert len(list(tmp_path.glob("*.png"))) == 2
+    assert capsys.readouterr().out.count(" done ") == 2
 
 
 def test_what_matches_nothing_is_said(nanobeam, stored):
