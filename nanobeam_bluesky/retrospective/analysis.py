@@ -222,20 +222,35 @@ class _Job:
     """Tiled's client of the derived run that was there before."""
     pending: Analysis | None = None
     """What would be done."""
+    problem: str = ""
+    """What went wrong with the catalogue of results."""
     documents: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
     write: Callable[[str, Any], Any] | None = None
 
     def emit(self, name: str, doc: dict[str, Any]) -> None:
-        """Take a document of the derived run."""
-        if name == "start" and self.target is not None and "shape" in doc:
-            self.write = derived_writer(self.target)
-        if self.write is not None:
-            self.write(name, doc)
+        """Take a document of the derived run; whoever hands it over serves other runs, too."""
+        if self.problem:
+            return
+        try:
+            if name == "start" and self.target is not None and "shape" in doc:
+                self.write = derived_writer(self.target)
+            if self.write is not None:
+                self.write(name, doc)
+        except Exception as error:
+            self.fail("results could not be written", error)
+            return
         if self.write is None or name in ("start", "stop"):
             self.documents.append((name, doc))
 
+    def fail(self, what: str, error: Exception) -> None:
+        """Give the run up; what was written is for another attempt."""
+        logger.error("run %s: %s", self.run.uid[:8], what, exc_info=error)
+        self.problem = f"{what}: {type(error).__name__}: {error}"
+
     def analysis(self) -> Analysis:
         """Tell what became of it."""
+        if self.problem:
+            return Analysis(self.run.uid, None, "fail", self.problem, self.run.start)
         if self.pending is not None:
             return self.pending
         result = partial(Analysis, self.run.uid, start=self.run.start)
@@ -298,7 +313,8 @@ class _Session:
                     else:
                         self.active.append(found)
             if self.active:
-                self.pool.wait(_POLL_SECONDS)
+                with _here():
+                    self.pool.wait(_POLL_SECONDS)
             for job in list(self.active):
                 with _here():
                     finished = self._poll(job)
@@ -349,12 +365,12 @@ class _Session:
             if not pipeline.stopped:
                 reason = "no stop document: the raw run still runs, or its RunEngine has died"
                 pipeline.document("stop", {"exit_status": "fail", "reason": reason})
-        except (ClientError, GeometryError, OSError, UnreadableError) as error:
-            return refused("fail", reason=str(error))
         except Exception as error:  # one unreadable run must not end the others
-            logger.exception("run %s could not be read", run.uid[:8])
             if job.pipeline is not None:
                 job.pipeline.abandon()
+            if isinstance(error, ClientError | GeometryError | OSError | UnreadableError):
+                return refused("fail", reason=str(error))
+            logger.exception("run %s could not be read", run.uid[:8])
             return refused("fail", reason=f"{type(error).__name__}: {error}")
         return job
 
@@ -362,14 +378,10 @@ class _Session:
         """Go on with a run; return what became of it when it is complete."""
         pipeline = job.pipeline
         assert pipeline is not None
-        try:
-            pipeline.poll()
-            result = job.analysis() if pipeline.closed else None
-        except Exception as error:  # of what is written to
-            logger.exception("run %s: results could not be written", job.run.uid[:8])
+        pipeline.poll()
+        if job.problem:
             pipeline.abandon()
-            reason = f"results could not be written: {type(error).__name__}: {error}"
-            return Analysis(job.run.uid, None, "fail", reason, job.run.start)
+        result = job.analysis() if pipeline.closed else None
         if self.progress is not None and pipeline.derived is not None:
             done = job.known + job.tally.points_analysed
             self.progress(job.run, done, pipeline.derived.grid.num_points)
@@ -396,17 +408,20 @@ class _Session:
         columns: dict[str, NDArray[Any]] = {}
         if job.target is not None and not self.redo:
             query = Key("start.nanobeam.analysis_id") == derived.analysis_id
-            attempts = [run for run in job.target.search(query).values()]
             stop = job.run.node.metadata.get("stop") if job.run.node is not None else None
-            done = next((run for run in reversed(attempts) if _is_done(run, stop)), None)
-            if done is None:
-                points, columns = _points_of(attempts)
+            try:
+                attempts = list(job.target.search(query).values())
+                done = next((run for run in reversed(attempts) if _is_done(run, stop)), None)
+                if done is None:
+                    points, columns = _points_of(attempts)
+            except Exception as error:  # of a server
+                job.fail("earlier results could not be read", error)
         names = tuple(Estimates.UNITS)
         found = Earlier(
             points,
             Estimates(**{k: columns.get(k, np.zeros(0)) for k in names}),
             {m: columns.get(m, np.zeros(0)) for m in derived.grid.scan.motors},
-            complete=done is not None or self.dry_run,
+            complete=bool(done is not None or self.dry_run or job.problem),
         )
         job.done, job.known = done, len(points)
         if self.dry_run and done is None:

@@ -134,7 +134,8 @@ class Workers:
             raise ValueError(f"workers = {count}: expected 1 or more")
         self._answers = _Answers()
         self._workers = [self._worker() for _ in range(count)]
-        self.in_flight = _WAITING * THREADS * count
+        # few: one that has not answered a task for long is taken for hung
+        self.in_flight = WorkerClient.in_flight * count
         self.at_once = count + 1
         self.cores = min(THREADS * count, os.cpu_count() or 1)
 

@@ -161,7 +161,7 @@ class Query:
             found = found.search(Key("start.plan_name") == self.plan_name)
         if self.since is not None or self.until is not None:
             try:
-                # ours: its client, not the server, makes a query of it
+                # for its reading of times: only some clients can search by it
                 times = TimeRange(since=self.since, until=self.until)
             except Exception as error:  # whatever its parser raises
                 raise ValueError(
@@ -234,8 +234,8 @@ def find_derived(catalog: Container, uid: str) -> Any:
         raw = _with_uid(catalog_of_raw(catalog), uid).uid
     except NoRunError:
         raw = uid
-    found = list(derived.search(Key("start.original_run_uid") == raw).values())
-    complete = [run for run in found if "shape" in run.metadata["start"]]
+    attempts = derived.search(Key("start.original_run_uid") == raw).values()
+    complete = [run for run in attempts if "shape" in run.metadata["start"]]
     if len(own) > 1 or not complete:
         what = "several derived runs" if len(own) > 1 else "no derived run with maps"
         raise NoRunError(f"{what} of {uid}: say its whole uid, or analyse the raw run first")

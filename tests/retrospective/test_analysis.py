@@ -241,8 +241,8 @@ def test_a_bad_run_ends_only_itself(stored, elsewhere, tmp_path):
     catalog.context.close()
 
 
-def test_frames_that_are_missing_are_flagged_and_tried_again(stored, live, elsewhere, tmp_path):
-    """A file that ends early; once it is whole, the missing points alone are analysed."""
+def test_frames_that_are_missing_are_flagged(stored, elsewhere, tmp_path):
+    """Of a file that ends early."""
     uid = stored.uids["file"]
     (path,) = (stored.folder / "frames").glob("*.h5")
     moved = tmp_path / "frames"
