@@ -307,3 +307,31 @@ def test_a_killed_worker_loses_nothing(cluster, stored, live, elsewhere, monkeyp
     assert [a.status for a in results] == ["success"] * 2
     for result in results:
         same(result.maps(), live[result.raw_uid])
+
+
+def test_interrupted_work_goes_on_on_a_cluster(cluster, stored, live, elsewhere, monkeypatch):
+    """Which is also the user's own default, that reading results must not go by."""
+    monkeypatch.setattr(pipeline, "TASK_POINTS", 8)
+    monkeypatch.setattr(analysis, "PAGES", (8, 10.0))
+    monkeypatch.setattr(executors.Threads, "in_flight", 1)
+    run = stored.catalog["raw"][stored.uids["file"]]
+    found = analyze(run, to=elsewhere, progress=lambda run, done, total: 1 / (done < 16))
+    with pytest.raises(ZeroDivisionError):
+        list(found)
+    (result,) = analyze(run, to=elsewhere, scheduler=cluster)
+    assert result.status == "success", result.reason
+    assert 0 < result.points < POINTS
+    same(result.maps(), live[result.raw_uid])
+
+
+def test_results_that_cannot_be_written_fail_their_run_alone(stored, tmp_path, caplog):
+    catalog = open_catalog(tmp_path)
+    (tmp_path / "tables.db").unlink(missing_ok=True)
+    (tmp_path / "tables.db").mkdir()
+    found = [stored.uids["file"], stored.uids["embedded"]]
+    results = list(analyze(found, catalog=stored.catalog, to=catalog))
+    catalog.context.close()
+    assert sorted(a.raw_uid for a in results) == sorted(found)
+    for result in results:
+        assert result.failed
+        assert "results could not be written" in result.reason
