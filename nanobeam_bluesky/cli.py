@@ -69,6 +69,16 @@ RootMap = Annotated[
     list[str] | None,
     typer.Option(help="A folder of the documents and where it is mounted here: OLD=NEW."),
 ]
+AutoPreset = Annotated[
+    str, typer.Option(help="Preset, or path of one; auto: the first shipped that matches.")
+]
+Fit = Annotated[list[str] | None, typer.Option(help="Unknown as well: thickness, blur.")]
+OnMissingModel = Annotated[
+    str, typer.Option(help="Where no network was trained: universal, fit, train or skip.")
+]
+Calibrate = Annotated[
+    bool, typer.Option("--calibrate", help="Correct the geometry by a run's first points.")
+]
 Store = Annotated[
     Path | None, typer.Option(help="Folder of the networks; default in NANOBEAM_HOME.")
 ]
@@ -362,9 +372,7 @@ def check(
         str,
         typer.Option(help="Start document (JSON), documents of a run (JSON lines), or a UID."),
     ],
-    preset: Annotated[
-        str, typer.Option(help="Preset, or path of one; auto: the first shipped that matches.")
-    ] = "auto",
+    preset: AutoPreset = "auto",
     catalog: Catalog = None,
     plot: Annotated[
         Path | None, typer.Option(help="Picture of the simulated and the mean measured pattern.")
@@ -410,20 +418,14 @@ def live(
     idle: Annotated[
         float, typer.Option(help="A file that has not grown for so many seconds is complete.")
     ] = 30.0,
-    preset: Annotated[
-        str, typer.Option(help="Preset, or path of one; auto: the first shipped that matches.")
-    ] = "auto",
+    preset: AutoPreset = "auto",
     root_map: RootMap = None,
     analyzer: Annotated[
         str, typer.Option(help="auto or refine; or, quicker, network or correlation alone.")
     ] = "auto",
-    fit: Annotated[list[str] | None, typer.Option(help="Unknown as well: thickness, blur.")] = None,
-    on_missing_model: Annotated[
-        str, typer.Option(help="Where no network was trained: universal, fit, train or skip.")
-    ] = "universal",
-    calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Correct the geometry by a run's first points.")
-    ] = False,
+    fit: Fit = None,
+    on_missing_model: OnMissingModel = "universal",
+    calibrate: Calibrate = False,
     publish_zmq: Annotated[
         str | None, typer.Option(help="Publish derived documents to a proxy's incoming address.")
     ] = None,
@@ -487,21 +489,15 @@ def analyze(
         str | None,
         typer.Option(help="Folder, or server, that results go to; default: the catalogue."),
     ] = None,
-    preset: Annotated[
-        str, typer.Option(help="Preset, or path of one; auto: the first shipped that matches.")
-    ] = "auto",
+    preset: AutoPreset = "auto",
     root_map: RootMap = None,
     method: Annotated[
         str,
         typer.Option(help="refine, network or correlation; several, with commas, are compared."),
     ] = "refine",
-    fit: Annotated[list[str] | None, typer.Option(help="Unknown as well: thickness, blur.")] = None,
-    on_missing_model: Annotated[
-        str, typer.Option(help="Where no network was trained: universal, fit, train or skip.")
-    ] = "universal",
-    calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Correct the geometry by a run's first points.")
-    ] = False,
+    fit: Fit = None,
+    on_missing_model: OnMissingModel = "universal",
+    calibrate: Calibrate = False,
     redo: Annotated[bool, typer.Option("--redo", help="Analyse again what is done.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, with what, and how long.")
@@ -604,9 +600,7 @@ def combine(
         str | None,
         typer.Option(help="Folder, or server, that the derived run goes to; else the catalogue."),
     ] = None,
-    preset: Annotated[
-        str, typer.Option(help="Preset, or path of one; auto: the first shipped that matches.")
-    ] = "auto",
+    preset: AutoPreset = "auto",
     root_map: RootMap = None,
     thickness: Annotated[bool, typer.Option("--thickness", help="Unknown as well.")] = False,
 ) -> None:

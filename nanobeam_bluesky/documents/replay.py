@@ -17,7 +17,7 @@ from nanobeam_bluesky.documents.roots import Roots
 from nanobeam_bluesky.geometry import ROI, Geometry
 from nanobeam_bluesky.presets import Preset
 
-__all__ = ["as_json", "derive", "read_documents", "write_documents"]
+__all__ = ["as_json", "derive", "read_documents", "recorded_descriptor", "write_documents"]
 
 POLL_SECONDS = 0.02
 
@@ -125,6 +125,17 @@ def derive(
             yield from emitted()
     finally:
         executor.shutdown()
+
+
+def recorded_descriptor(name: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the descriptor that `TiledWriter` has put into the metadata of a stream.
+
+    Which device a key belongs to stands at the key there.
+    """
+    owned: dict[str, list[str]] = {}
+    for key, description in metadata["data_keys"].items():
+        owned.setdefault(description.get("object_name", key), []).append(key)
+    return {"object_keys": owned, **metadata, "name": name}
 
 
 def read_documents(path: str | Path) -> Iterator[Document]:

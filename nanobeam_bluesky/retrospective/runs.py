@@ -17,6 +17,7 @@ from tiled.ndslice import NDSlice
 from tiled.structures.core import StructureFamily
 
 from nanobeam_bluesky.documents import Document, FrameReader, PointBlock, read_documents
+from nanobeam_bluesky.documents.replay import recorded_descriptor
 from nanobeam_bluesky.documents.resources import Resource
 from nanobeam_bluesky.geometry import ROI
 from nanobeam_bluesky.presets import Preset
@@ -431,10 +432,7 @@ def _recorded(run: Any, wanted: set[str], root_map: Mapping[str, str]) -> Iterat
         keys = metadata.get("data_keys")
         if not isinstance(keys, Mapping):
             continue
-        owned: dict[str, list[str]] = {}
-        for key, description in keys.items():
-            owned.setdefault(description.get("object_name", key), []).append(key)
-        yield "descriptor", {"object_keys": owned} | metadata | {"name": name, "uid": name}
+        yield "descriptor", recorded_descriptor(name, metadata) | {"uid": name}
         numbers: list[int] = []
         arrays = []
         for key, child in _children(stream):

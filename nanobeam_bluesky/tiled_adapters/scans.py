@@ -26,6 +26,7 @@ from nanobeam_bluesky.documents import FrameReader, PointBlock, RunReferences, S
 from nanobeam_bluesky.documents.formats import NeverError, NotYetError
 from nanobeam_bluesky.documents.frames import ReadStatus
 from nanobeam_bluesky.documents.maps import axes
+from nanobeam_bluesky.documents.replay import recorded_descriptor
 from nanobeam_bluesky.documents.resources import (
     NUMBERED_TIFF,
     Resource,
@@ -113,10 +114,7 @@ async def recorded(run: Any, wanted: set[str]) -> AsyncIterator[tuple[str, Any]]
         keys = metadata.get("data_keys")
         if not isinstance(keys, Mapping):
             continue
-        owned: dict[str, list[str]] = {}
-        for key, description in keys.items():
-            owned.setdefault(description.get("object_name", key), []).append(key)
-        yield "descriptor", {"object_keys": owned} | metadata | {"name": name, "uid": name}
+        yield "descriptor", recorded_descriptor(name, metadata) | {"uid": name}
         for key in await stream.keys_range():
             node = await stream.lookup_adapter([key])
             if node.structure_family == StructureFamily.table and TABLE.fullmatch(key):

@@ -23,6 +23,7 @@ from tiled.client import from_uri
 from tiled.client.container import Container
 from tiled.client.stream import LiveArrayRef, LiveChildCreated, LiveTableData
 
+from nanobeam_bluesky.documents.replay import recorded_descriptor
 from nanobeam_bluesky.transports.receiver import Take, without_secrets
 
 __all__ = ["TiledSource"]
@@ -195,7 +196,9 @@ class _Run:
     def _documents(self, item: BlueskyStreamUpdate) -> Any:
         stream = item.stream_name
         if stream not in self.descriptors:
-            self.descriptors[stream] = _descriptor(self.node, stream)
+            self.descriptors[stream] = recorded_descriptor(stream, self.node[stream].metadata) | {
+                "run_start": self.node.item["id"]
+            }
             yield "descriptor", self.descriptors[stream]
         descriptor = self.descriptors[stream]
         update = item.update
@@ -276,12 +279,3 @@ class _Run:
 
     def _reached(self, stream: str, point: int) -> None:
         self.points[stream] = max(self.points.get(stream, 0), int(point))
-
-
-def _descriptor(run: Container, stream: str) -> dict[str, Any]:
-    """Return the descriptor that TiledWriter has put into a stream's metadata."""
-    metadata = dict(run[stream].metadata)
-    owned: dict[str, list[str]] = {}
-    for key, description in metadata["data_keys"].items():
-        owned.setdefault(description.get("object_name", key), []).append(key)
-    return {"object_keys": owned} | metadata | {"name": stream, "run_start": run.item["id"]}
