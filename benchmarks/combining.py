@@ -1,7 +1,7 @@
 """How precise five angles of one film are together, when the scans have drifted.
 
 64×64 points, each scan displaced by up to 10 points along rows and columns, to a fraction of a
-point; 6000 counts and a background of 0.02 a pixel. The must of issue 7: σ of the combination
+point; 6000 counts and a background of 0.02 a pixel. Must: σ of the combination
 over that of the best single scan is within 10 % of what the Fisher information of the five
 patterns predicts. ✗ marks what misses. Run: ``python -m benchmarks.combining [ROWS]``, in two
 minutes.
