@@ -150,6 +150,7 @@ class RunPipeline:
         earlier: Callable[[DerivedRun], Earlier | None] | None = None,
         pages: tuple[int, float] | None = None,
         patience: float | None = None,
+        task_points: int | None = None,
     ) -> None:
         self.key = str(uuid.uuid4())
         self.start = start
@@ -172,6 +173,7 @@ class RunPipeline:
         self._deadline = float("inf")
         self._patience = DEADLINE_SECONDS if patience is None else patience
         self._problem = ""
+        self._task_points = task_points or TASK_POINTS
         self._tasks = 0
         self._pending: deque[_Pending] = deque()
         self._retries: list[_Pending] = []
@@ -484,9 +486,9 @@ class RunPipeline:
     # ---------------------------------------------------------------------- tasks
 
     def _next_task(self, now: float) -> Task | None:
-        """Take up to `TASK_POINTS` points that are ready, the oldest first."""
+        """Take the points of a task, as far as they are ready, the oldest first."""
         taken: list[_Pending] = []
-        room = TASK_POINTS
+        room = self._task_points
         for entry in [e for e in self._retries if e.due <= now]:
             if entry.block.count > room:
                 break
@@ -547,8 +549,8 @@ class RunPipeline:
                     blocks.append(PointBlock(point, 1, problem=text))
                     point += 1
                     continue
-                stop = point + 1
-                while stop < min(entry.block.stop, source.stop) and known.get(stop) is source:
+                stop, limit = point + 1, min(entry.block.stop, source.stop)
+                while stop < limit and known.get(stop) is source:
                     del known[stop]
                     stop += 1
                 part = source.part(point, stop)

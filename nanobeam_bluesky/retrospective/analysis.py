@@ -213,6 +213,8 @@ class _Job:
 
     run: RawRun
     target: Container | None
+    writer: Callable[[str, Any], Any] | None
+    """Writes to the target."""
     began: float = field(default_factory=time.monotonic)
     pipeline: RunPipeline | None = None
     tally: Tally = field(default_factory=Tally)
@@ -232,8 +234,8 @@ class _Job:
         if self.problem:
             return
         try:
-            if name == "start" and self.target is not None and "shape" in doc:
-                self.write = derived_writer(self.target)
+            if name == "start" and "shape" in doc:
+                self.write = self.writer
             if self.write is not None:
                 self.write(name, doc)
         except Exception as error:
@@ -293,6 +295,7 @@ class _Session:
     progress: Callable[[RawRun, int, int], None] | None
     active: list[_Job] = field(default_factory=list)
     targets: dict[str, Container | None] = field(default_factory=dict)
+    writers: dict[str, Callable[[str, Any], Any]] = field(default_factory=dict)
     costs: dict[str, float] = field(default_factory=dict)
 
     def work(self, runs: Iterator[RawRun | NoRunError]) -> Iterator[Analysis]:
@@ -341,7 +344,8 @@ class _Session:
         if preset is None:
             reasons = "; ".join(f"{p.name}: {p.mismatch(run.start)}" for p in self.presets)
             return refused(status, reason=f"no preset matches: {reasons}")
-        job = _Job(run, self._target_of(run))
+        target = self._target_of(run)
+        job = _Job(run, target, self._writer_to(target))
         try:
             recording = run.recording(preset, self.root_map)
             job.pipeline = pipeline = RunPipeline(
@@ -356,6 +360,7 @@ class _Session:
                 earlier=partial(self._earlier, job),
                 pages=PAGES,
                 patience=0,  # what is not readable now will not be in a moment
+                task_points=self.pool.task_points,
             )
             for name, doc in recording.documents:
                 pipeline.document(name, doc)
@@ -401,6 +406,14 @@ class _Session:
                 )
         return self.targets[above]
 
+    def _writer_to(self, target: Container | None) -> Callable[[str, Any], Any] | None:
+        """Return what writes to a catalogue: one for all runs, as making it takes a request."""
+        if target is None:
+            return None
+        if target.uri not in self.writers:
+            self.writers[target.uri] = derived_writer(target)
+        return self.writers[target.uri]
+
     def _earlier(self, job: _Job, derived: DerivedRun) -> Earlier | None:
         """Return what is done of an analysis."""
         done: Any = None
@@ -410,7 +423,8 @@ class _Session:
             query = Key("start.nanobeam.analysis_id") == derived.analysis_id
             stop = job.run.node.metadata.get("stop") if job.run.node is not None else None
             try:
-                attempts = list(job.target.search(query).values())
+                # iter: a list of the view itself would first ask how many there are
+                attempts = list(iter(job.target.search(query).values()))
                 done = next((run for run in reversed(attempts) if _is_done(run, stop)), None)
                 if done is None:
                     points, columns = _points_of(attempts)

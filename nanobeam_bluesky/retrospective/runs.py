@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -10,11 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow
 from bluesky_tiled_plugins.queries import Key, PartialUID, TimeRange
 from tiled.client import from_profile, from_uri
 from tiled.client.container import Container
 from tiled.ndslice import NDSlice
+from tiled.queries import SpecsQuery
 from tiled.structures.core import StructureFamily
+from tiled.utils import APACHE_ARROW_FILE_MIME_TYPE
 
 from nanobeam_bluesky.documents import Document, FrameReader, PointBlock, read_documents
 from nanobeam_bluesky.documents.replay import recorded_descriptor
@@ -427,20 +431,21 @@ def _recorded(run: Any, wanted: set[str], root_map: Mapping[str, str]) -> Iterat
 
     Whatever other files hold comes by way of Tiled.
     """
-    for name, stream in _children(run):
+    nodes = dict(_contents(run))
+    for (name, *below), stream in nodes.items():
         metadata = plain(stream.metadata)
         keys = metadata.get("data_keys")
-        if not isinstance(keys, Mapping):
+        if below or not isinstance(keys, Mapping):
             continue
         yield "descriptor", recorded_descriptor(name, metadata) | {"uid": name}
         numbers: list[int] = []
         arrays = []
-        for key, child in _children(stream):
+        for (_, key), child in ((p, n) for p, n in nodes.items() if p[0] == name and len(p) == 2):
             if child.structure_family == StructureFamily.table and TABLE.fullmatch(key):
                 some = set(child.columns) & (set(keys) if name == "baseline" else wanted)
-                table = child.read(sorted(some | {"seq_num"}))
-                numbers = table["seq_num"].tolist()
-                data = {k: table[k].tolist() for k in some}
+                data = _table(child, sorted(some | {"seq_num"}))
+                numbers = data["seq_num"]
+                data = {k: data[k] for k in some}
                 yield "event_page", {"descriptor": name, "seq_num": numbers, "data": data}
             elif child.structure_family == StructureFamily.array and key in keys:
                 (source,) = child.data_sources()
@@ -461,15 +466,32 @@ def _recorded(run: Any, wanted: set[str], root_map: Mapping[str, str]) -> Iterat
                 yield "event_page", {"descriptor": name, "seq_num": numbers, "data": data}
 
 
-def _children(node: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what is in a node, with data sources, by one request."""
-    base = Container(
+def _contents(run: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield streams, and what is in them, with their data sources, by their paths in a run."""
+    base = _plain_container(run)
+    try:
+        yield from base.search_deep(SpecsQuery([]), max_depth=2).items()  # all by one request
+    except NotImplementedError:  # by an older server
+        for name, stream in base.items():
+            yield (name,), stream
+            yield from (((name, key), child) for key, child in _plain_container(stream).items())
+
+
+def _plain_container(node: Any) -> Container:
+    return Container(
         node.context,
         item=node.item,
         structure_clients=node.structure_clients,
         include_data_sources=True,
     )
-    yield from base.items()
+
+
+def _table(node: Any, columns: Sequence[str]) -> dict[str, list[Any]]:
+    """Return columns of a table; as `node.read` does, which takes 15 ms to ask Dask for it."""
+    buffer = io.BytesIO()
+    node.export(buffer, format=APACHE_ARROW_FILE_MIME_TYPE, columns=columns)
+    columns_read: dict[str, list[Any]] = pyarrow.ipc.open_file(buffer).read_all().to_pydict()
+    return columns_read
 
 
 def _are_here(item: Recorded, root_map: Mapping[str, str]) -> bool:

@@ -78,7 +78,8 @@ class DerivedWriter(TiledWriter):
     """
 
     def __init__(self, client: Container, **options: Any) -> None:
-        super().__init__(client, **options)
+        # each run would ask for these otherwise
+        super().__init__(client.include_data_sources(), **options)
         self._runs: dict[str, _PageRunWriter] = {}
         self._run_of: dict[str, str] = {}  # descriptor → run
 

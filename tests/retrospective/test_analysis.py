@@ -15,7 +15,6 @@ from distributed.deploy.subprocess import SubprocessCluster
 from tiled.client import from_uri
 
 from nanobeam_bluesky import Geometry, analyze, to_maps
-from nanobeam_bluesky.documents import pipeline
 from nanobeam_bluesky.models import Flag
 from nanobeam_bluesky.physics import simulate_library
 from nanobeam_bluesky.retrospective import Query, analysis, executors
@@ -135,7 +134,7 @@ def test_files_that_are_not_here_are_read_by_way_of_tiled(stored, live, elsewher
 
 
 def test_interrupted_work_goes_on_with_the_missing_points(stored, live, elsewhere, monkeypatch):
-    monkeypatch.setattr(pipeline, "TASK_POINTS", 8)
+    monkeypatch.setattr(executors.Threads, "task_points", 8)
     monkeypatch.setattr(analysis, "PAGES", (8, 10.0))
     monkeypatch.setattr(executors.Threads, "in_flight", 1)
     uid = stored.uids["file"]
@@ -292,7 +291,7 @@ def test_the_most_accurate_network_of_an_ensemble_comes_first(cluster):
 
 def test_a_killed_worker_loses_nothing(cluster, stored, live, elsewhere, monkeypatch):
     """On a Dask cluster, whose scheduler gives its tasks to the other one."""
-    monkeypatch.setattr(pipeline, "TASK_POINTS", 4)
+    monkeypatch.setattr(executors.Cluster, "task_points", 4)
     pids = list(cluster.run(os.getpid).values())
     killed = threading.Event()
 
@@ -311,7 +310,7 @@ def test_a_killed_worker_loses_nothing(cluster, stored, live, elsewhere, monkeyp
 
 def test_interrupted_work_goes_on_on_a_cluster(cluster, stored, live, elsewhere, monkeypatch):
     """Which is also the user's own default, that reading results must not go by."""
-    monkeypatch.setattr(pipeline, "TASK_POINTS", 8)
+    monkeypatch.setattr(executors.Threads, "task_points", 8)
     monkeypatch.setattr(analysis, "PAGES", (8, 10.0))
     monkeypatch.setattr(executors.Threads, "in_flight", 1)
     run = stored.catalog["raw"][stored.uids["file"]]
