@@ -261,8 +261,8 @@ def test_frames_that_are_missing_are_flagged(stored, elsewhere, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    """Client of a Dask cluster of two workers."""
+def cluster(live):
+    """Client of a Dask cluster of two workers; the default one, so `live` is read before."""
     with (
         SubprocessCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
         Client(cluster, set_as_default=True) as client,
@@ -279,7 +279,7 @@ def test_a_library_is_the_same_from_a_cluster(cluster):
 
 
 def test_the_most_accurate_network_of_an_ensemble_comes_first(cluster):
-    geometry = Geometry.published()
+    geometry = Geometry.published().model_copy(update={"roi_shape": (32, 32)})
     trained = train_ensemble(geometry, (0, 1), scheduler=cluster, steps=2)
     ratios = [
         np.mean([np.log(a.rmse[k] / a.bound[k]) for a in card.accuracy for k in a.rmse])

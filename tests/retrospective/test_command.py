@@ -94,7 +94,8 @@ def test_documents_of_a_file_are_analysed(nanobeam, stored, tmp_path):
         (("{folder}/catalog.db",), "say with --to"),
     ],
 )
-def test_wrong_usage_is_said_in_a_line(nanobeam, stored, arguments, words):
+def test_wrong_usage_is_said_in_a_line(nanobeam, stored, arguments, words, monkeypatch):
+    monkeypatch.setattr("tiled.client.utils.TILED_RETRY_ATTEMPTS", 2)  # of 10, which take 25 s
     code, lines = nanobeam("analyze", *(a.format(folder=stored.folder) for a in arguments))
     text = "\n".join(lines)
     assert code == 2
