@@ -13,11 +13,12 @@ from databroker.queries import Key
 from distributed import Client
 from distributed.deploy.subprocess import SubprocessCluster
 from tiled.client import from_uri
+from tiled.client.container import Container
 
 from nanobeam_bluesky import Geometry, analyze, to_maps
 from nanobeam_bluesky.models import Flag
 from nanobeam_bluesky.physics import simulate_library
-from nanobeam_bluesky.retrospective import Query, analysis, executors
+from nanobeam_bluesky.retrospective import Query, analysis, executors, runs
 from nanobeam_bluesky.retrospective.cluster import library_on_cluster, train_ensemble
 from nanobeam_bluesky.tiled_adapters import open_catalog, raw_writer, serve
 
@@ -131,6 +132,25 @@ def test_files_that_are_not_here_are_read_by_way_of_tiled(stored, live, elsewher
         client.context.close()
     assert result.status == "success", result.reason
     same(result.maps(), live[stored.uids["file"]])
+
+
+def test_a_run_is_read_by_one_request_as_node_by_node(stored, monkeypatch):
+    """As from a server that cannot search in all a run holds at once."""
+    run = stored.catalog["raw"][stored.uids["file"]]
+    wanted = {"sample_x", "sample_y"}
+    at_once = list(runs._recorded(run, wanted, {}))
+
+    def refused(*_, **__):
+        raise NotImplementedError
+
+    monkeypatch.setattr(Container, "search_deep", refused)
+    one_by_one = list(runs._recorded(run, wanted, {}))
+    assert {name for name, _ in at_once} == {"descriptor", "event_page", "recorded"}
+
+    def ordered(items):
+        return sorted(items, key=str)
+
+    assert ordered(at_once) == ordered(one_by_one)
 
 
 def test_interrupted_work_goes_on_with_the_missing_points(stored, live, elsewhere, monkeypatch):
