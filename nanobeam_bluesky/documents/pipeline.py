@@ -134,6 +134,8 @@ class RunPipeline:
     patience
         How long after the raw stop frames may take to become readable, s; by default
         `DEADLINE_SECONDS`.
+    task_points
+        Points of one task; by default `TASK_POINTS`.
     """
 
     def __init__(

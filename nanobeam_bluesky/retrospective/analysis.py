@@ -213,8 +213,8 @@ class _Job:
 
     run: RawRun
     target: Container | None
-    writer: Callable[[str, Any], Any] | None
-    """Writes to the target."""
+    writer: Callable[[], Callable[[str, Any], Any] | None]
+    """Gives what writes to the target."""
     began: float = field(default_factory=time.monotonic)
     pipeline: RunPipeline | None = None
     tally: Tally = field(default_factory=Tally)
@@ -235,7 +235,7 @@ class _Job:
             return
         try:
             if name == "start" and "shape" in doc:
-                self.write = self.writer
+                self.write = self.writer()
             if self.write is not None:
                 self.write(name, doc)
         except Exception as error:
@@ -345,7 +345,7 @@ class _Session:
             reasons = "; ".join(f"{p.name}: {p.mismatch(run.start)}" for p in self.presets)
             return refused(status, reason=f"no preset matches: {reasons}")
         target = self._target_of(run)
-        job = _Job(run, target, self._writer_to(target))
+        job = _Job(run, target, partial(self._writer_to, target))
         try:
             recording = run.recording(preset, self.root_map)
             job.pipeline = pipeline = RunPipeline(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 import pyarrow
 from bluesky_tiled_plugins.queries import Key, PartialUID, TimeRange
 from tiled.client import from_profile, from_uri
@@ -440,12 +441,12 @@ def _recorded(run: Any, wanted: set[str], root_map: Mapping[str, str]) -> Iterat
         yield "descriptor", recorded_descriptor(name, metadata) | {"uid": name}
         numbers: list[int] = []
         arrays = []
-        for (_, key), child in ((p, n) for p, n in nodes.items() if p[0] == name and len(p) == 2):
+        for (_, key), child in ((p, n) for p, n in nodes.items() if p[0] == name and len(p) > 1):
             if child.structure_family == StructureFamily.table and TABLE.fullmatch(key):
                 some = set(child.columns) & (set(keys) if name == "baseline" else wanted)
-                data = _table(child, sorted(some | {"seq_num"}))
-                numbers = data["seq_num"]
-                data = {k: data[k] for k in some}
+                table = _table(child, sorted(some | {"seq_num"}))
+                numbers = table["seq_num"].tolist()
+                data = {k: table[k].tolist() for k in some}
                 yield "event_page", {"descriptor": name, "seq_num": numbers, "data": data}
             elif child.structure_family == StructureFamily.array and key in keys:
                 (source,) = child.data_sources()
@@ -486,12 +487,11 @@ def _plain_container(node: Any) -> Container:
     )
 
 
-def _table(node: Any, columns: Sequence[str]) -> dict[str, list[Any]]:
-    """Return columns of a table; as `node.read` does, which takes 15 ms to ask Dask for it."""
+def _table(node: Any, columns: Sequence[str]) -> pd.DataFrame:
+    """Return columns of a table; as `node.read` does, but without Dask."""
     buffer = io.BytesIO()
     node.export(buffer, format=APACHE_ARROW_FILE_MIME_TYPE, columns=columns)
-    columns_read: dict[str, list[Any]] = pyarrow.ipc.open_file(buffer).read_all().to_pydict()
-    return columns_read
+    return pyarrow.ipc.open_file(buffer).read_pandas()
 
 
 def _are_here(item: Recorded, root_map: Mapping[str, str]) -> bool:

@@ -175,8 +175,8 @@ def build_app(config: Mapping[str, Any] | Config) -> Any:
                 context.adapters_by_mimetype, Roots(folders_of(context))
             )
     app = build_app_from_config(config)
-    app.dependency_overrides = _Overrides(app.dependency_overrides)
-    app.add_middleware(Configured, overrides=app.dependency_overrides)
+    if set(app.dependency_overrides) == {get_settings}:
+        app.dependency_overrides = _Overrides(app.dependency_overrides)
     for error in (OverflowError, ValueError):
         app.add_exception_handler(error, _unfit)
     if any(urlparse((tree.args or {}).get("uri", "")).scheme == "sqlite" for tree in config.trees):
@@ -188,27 +188,12 @@ class _Overrides(dict[Any, Any]):
     """Dependencies that FastAPI need not replace.
 
     To do so it would read the signatures of all functions behind a route, for each request
-    anew: 10 of the 27 ms that one takes.
+    anew: 10 of the 27 ms that one takes. Tiled's one override changes, once and at startup,
+    the settings that stand without it too, and returns them.
     """
 
     def __bool__(self) -> bool:
         return False
-
-
-class Configured:
-    """Let Tiled put the application's configuration into its settings, for each request.
-
-    That is what its override of the dependency `get_settings` does, besides returning them.
-    """
-
-    def __init__(self, app: Any, overrides: Mapping[Any, Any]) -> None:
-        self._app = app
-        self._configure = overrides[get_settings]
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Serve a request."""
-        self._configure()
-        await self._app(scope, receive, send)
 
 
 class OneWriter:

@@ -7,6 +7,7 @@ import threading
 
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 from databroker import temp
 from databroker.queries import Key
@@ -151,6 +152,30 @@ def test_a_run_is_read_by_one_request_as_node_by_node(stored, monkeypatch):
         return sorted(items, key=str)
 
     assert ordered(at_once) == ordered(one_by_one)
+
+
+def test_a_table_is_read_as_by_tileds_client(stored):
+    (derived,) = (
+        stored.catalog["derived"]
+        .search(Key("start.original_run_uid") == stored.uids["file"])
+        .values()
+    )
+    table = derived["primary"].base["internal"]
+    columns = ["seq_num", "strain", "thickness"]
+    plain = table.read(columns)
+    assert plain["thickness"].isna().all()  # null in the database
+    pd.testing.assert_frame_equal(runs._table(table, columns), plain)
+
+
+def test_a_server_that_fails_as_results_begin_ends_that_run_alone(stored, tmp_path, monkeypatch):
+    def refused(target):
+        monkeypatch.undo()
+        raise OSError("gone")
+
+    monkeypatch.setattr(analysis, "derived_writer", refused)
+    found = stored.catalog["raw"].search(Key("plan_name") == "sxdm_fly")
+    results = list(analyze(found, to=tmp_path / "to"))
+    assert sorted(a.status for a in results) == ["fail", "success"]
 
 
 def test_interrupted_work_goes_on_with_the_missing_points(stored, live, elsewhere, monkeypatch):
