@@ -13,6 +13,8 @@ NAMES = [
     "pipeline",
     "serving",
     "load",
+    "ingestion",
+    "stored",
     "combining",
     "soak",
 ]

@@ -19,6 +19,7 @@ from nanobeam_bluesky.tiled_adapters import open_catalog
 
 ROWS, COLUMNS, HEIGHT, WIDTH = 4, 5, 72, 80
 POINTS = ROWS * COLUMNS
+SHAPE = ROWS, COLUMNS
 GEOMETRY = {
     "energy_keV": 11.3,
     "detector_distance_m": 0.85,
@@ -36,7 +37,15 @@ GEOMETRY = {
         "central_stop_diameter_um": 77,
     },
 }
-SLOW, FAST = np.repeat(np.arange(ROWS), COLUMNS) * 0.5, np.tile(np.arange(COLUMNS), ROWS) * 0.1
+
+
+def positions(shape):
+    """Of the slow and of the fast motor at each point."""
+    slow, fast = np.indices(shape)
+    return slow.ravel() * 0.5, fast.ravel() * 0.1
+
+
+SLOW, FAST = positions(SHAPE)
 
 
 @pytest.fixture(scope="module")
@@ -191,17 +200,14 @@ def test_parts_of_a_series_follow_each_other(tmp_path, taken, frames, expected):
     np.testing.assert_array_equal(np.asarray(scan["frames"][:]), grid(frames))
 
 
-def test_nexus_tells_the_geometry_that_is_lacking_whatever_its_units(
-    tmp_path, taken, frames, expected
-):
-    mask = np.zeros((HEIGHT, WIDTH), np.uint32)
-    mask[10, 20], mask[:, 0] = 2, 1
-    with h5py.File(tmp_path / "scan.nxs", "w") as file:
+def write_nexus(path, frames, mask, shape=SHAPE):
+    """With all that the standard has for the geometry, in units of its own."""
+    with h5py.File(path, "w") as file:
         file.attrs["default"] = "entry"
         entry = group(file, "entry", "NXentry", default="data")
         entry["title"] = "mesh y x"
         detector = group(group(entry, "instrument", "NXinstrument"), "eiger", "NXdetector")
-        detector["data"] = frames.reshape(ROWS, COLUMNS, HEIGHT, WIDTH)
+        detector["data"] = frames.reshape(*shape, *frames.shape[1:])
         for name, value, units in (
             ("distance", 850.0, "mm"),
             ("x_pixel_size", 1.1e-4, "m"),
@@ -215,16 +221,27 @@ def test_nexus_tells_the_geometry_that_is_lacking_whatever_its_units(
         beam["incident_energy"].attrs["units"] = "eV"
         data = group(entry, "data", "NXdata", signal="images", axes=["y", "x", ".", "."])
         data["images"] = h5py.SoftLink("/entry/instrument/eiger/data")
-        data["y"], data["x"] = np.arange(ROWS) * 0.5, np.arange(COLUMNS) * 0.1
+        data["y"], data["x"] = np.arange(shape[0]) * 0.5, np.arange(shape[1]) * 0.1
         data["y"].attrs["units"] = data["x"].attrs["units"] = "um"
         # another detector, which is not the default
         other = group(entry["instrument"], "camera", "NXdetector")
         other["data"] = np.zeros((3, 8, 8))
-    told = ("energy_keV", "detector_distance_m", "pixel_size_um")
-    geometry = {k: v for k, v in GEOMETRY.items() if k not in told}
-    documents, _, _ = taken(tmp_path / "scan.nxs", geometry)
+    return path
+
+
+TOLD = ("energy_keV", "detector_distance_m", "pixel_size_um")
+"""What NeXus files tell of the geometry."""
+
+
+def test_nexus_tells_the_geometry_that_is_lacking_whatever_its_units(
+    tmp_path, taken, frames, expected
+):
+    mask = np.zeros((HEIGHT, WIDTH), np.uint32)
+    mask[10, 20], mask[:, 0] = 2, 1
+    geometry = {k: v for k, v in GEOMETRY.items() if k not in TOLD}
+    documents, _, _ = taken(write_nexus(tmp_path / "scan.nxs", frames, mask), geometry)
     start = documents[0][1]
-    assert [start["nanobeam"][k] for k in told] == pytest.approx([11.3, 0.85, 110])
+    assert [start["nanobeam"][k] for k in TOLD] == pytest.approx([11.3, 0.85, 110])
     assert start["nanobeam"]["pixel_mask"] == [[10, 20]]  # of the ROI
     assert start["nanobeam"]["bragg_center_px"] == GEOMETRY["bragg_center_px"]
     maps = analysed(documents)
@@ -241,26 +258,28 @@ def group(parent, name, kind, **attributes):
     return made
 
 
-def write_bliss(folder, frames, done=POINTS):
+def write_bliss(folder, frames, done=None, shape=SHAPE):
     """One file for all scans, with frames in files of the detector."""
+    slow, fast = positions(shape)
+    done = done or len(slow)
     (folder / "scan0001").mkdir()
     with h5py.File(folder / "scan0001" / "mpx1x4_0000.h5", "w") as file:
         file["entry/measurement/data"] = frames[:done]
-    layout = h5py.VirtualLayout((POINTS, HEIGHT, WIDTH), frames.dtype)
+    layout = h5py.VirtualLayout(frames.shape, frames.dtype)
     source = h5py.VirtualSource(
-        "scan0001/mpx1x4_0000.h5", "entry/measurement/data", (done, HEIGHT, WIDTH)
+        "scan0001/mpx1x4_0000.h5", "entry/measurement/data", (done, *frames.shape[1:])
     )
     layout[:done] = source
     with h5py.File(folder / "sample.h5", "w") as file:
         alignment = file.create_group("1.1")
         alignment["title"], alignment["measurement/epoch"] = "ascan piy 0 1 10", np.ones(11)
         scan = file.create_group("2.1")
-        scan["title"] = f"sxdm( pix, 0, 0.4, {COLUMNS}, piy, 0, 1.5, {ROWS}, 0.01 )"
+        scan["title"] = f"sxdm( pix, 0, 0.4, {shape[1]}, piy, 0, 1.5, {shape[0]}, 0.01 )"
         scan["start_time"] = "2026-11-02T10:11:12+01:00"
-        scan["technique/dim0"], scan["technique/dim1"] = COLUMNS, ROWS
+        scan["technique/dim0"], scan["technique/dim1"] = shape[::-1]
         measurement = scan.create_group("measurement")
         measurement.create_virtual_dataset("mpx1x4", layout)
-        for name, values in (("pix", FAST), ("piy", SLOW), ("epoch", 1.7e9 + FAST + SLOW)):
+        for name, values in (("pix", fast), ("piy", slow), ("epoch", 1.7e9 + fast + slow)):
             padded = values.copy()
             padded[done:] = 0
             key = name if name == "epoch" else f"{name}_position"
@@ -296,13 +315,20 @@ def test_bliss_pads_an_interrupted_scan_and_the_padding_is_no_frame(
     assert not np.asarray(scan["frames"][3]).any()
 
 
-def test_nanomax_tells_the_shape_in_its_command(tmp_path, taken, frames, expected):
-    with h5py.File(tmp_path / "000041.h5", "w") as file:
-        file["entry/description"] = [b"npointflyscan sx 0 0.4 4 sy 0 1.5 3 0.05 0.02"]
+def write_nanomax(path, frames, shape=SHAPE):
+    """With the command, which counts intervals, and measured positions."""
+    slow, fast = positions(shape)
+    command = f"npointflyscan sx 0 0.4 {shape[1] - 1} sy 0 1.5 {shape[0] - 1} 0.05 0.02"
+    with h5py.File(path, "w") as file:
+        file["entry/description"] = [command.encode()]
         file["entry/measurement/merlin/frames"] = frames
-        file["entry/measurement/alba2/1"] = np.ones(POINTS)
-        file["entry/measurement/pseudo/x"], file["entry/measurement/pseudo/y"] = FAST, SLOW
-    documents, _, _ = taken(tmp_path / "000041.h5")
+        file["entry/measurement/alba2/1"] = np.ones(len(slow))
+        file["entry/measurement/pseudo/x"], file["entry/measurement/pseudo/y"] = fast, slow
+    return path
+
+
+def test_nanomax_tells_the_shape_in_its_command(tmp_path, taken, frames, expected):
+    documents, _, _ = taken(write_nanomax(tmp_path / "000041.h5", frames))
     start = documents[0][1]
     assert (start["shape"], start["motors"], start["scan_id"]) == ([4, 5], ["sy", "sx"], 41)
     maps = analysed(documents)
@@ -354,8 +380,10 @@ def test_one_image_stands_for_its_series_whose_numbers_may_begin_anywhere(
     np.testing.assert_array_equal(stored[5:9, 3], frames[5:9, 3])
 
 
-def write_mda(path, done=POINTS):
+def write_mda(path, done=None, shape=SHAPE):
     """A scan in two dimensions by the format's description, byte by byte."""
+    all_rows, columns = shape
+    done = done or all_rows * columns
 
     def integers(*values):
         return struct.pack(f">{len(values)}i", *values)
@@ -374,22 +402,22 @@ def write_mda(path, done=POINTS):
         made += integers(0) + text("26idc:acquire") + struct.pack(">f", 1.0)
         return made + struct.pack(f">{wanted}d", *positions) + bytes(4 * wanted)
 
-    head = struct.pack(">f", 1.3) + integers(123, 2, ROWS, COLUMNS, 1, 0)
-    full = divmod(done, COLUMNS)
-    rows = -(-done // COLUMNS)
-    slow = np.arange(ROWS) * 0.5
+    head = struct.pack(">f", 1.3) + integers(123, 2, all_rows, columns, 1, 0)
+    full = divmod(done, columns)
+    rows = -(-done // columns)
+    slow = np.arange(all_rows) * 0.5
     slow[rows:] = 0
     outer = ("26idc:scan2", "26idc:hybY.VAL", "um", slow)
-    at = len(head) + len(part(2, ROWS, full[0], [0] * ROWS, *outer))
+    at = len(head) + len(part(2, all_rows, full[0], [0] * all_rows, *outer))
     inner, pointers = b"", []
     for row in range(rows):
         pointers.append(at + len(inner))
-        there = min(COLUMNS, done - row * COLUMNS)
-        fast = np.arange(COLUMNS) * 0.1
+        there = min(columns, done - row * columns)
+        fast = np.arange(columns) * 0.1
         fast[there:] = 0
-        inner += part(1, COLUMNS, there, [], "26idc:scan1", "26idc:hybX.VAL", "um", fast)
-    pointers += [0] * (ROWS - rows)
-    path.write_bytes(head + part(2, ROWS, full[0], pointers, *outer) + inner)
+        inner += part(1, columns, there, [], "26idc:scan1", "26idc:hybX.VAL", "um", fast)
+    pointers += [0] * (all_rows - rows)
+    path.write_bytes(head + part(2, all_rows, full[0], pointers, *outer) + inner)
     return path
 
 
