@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -34,6 +35,10 @@ TRAINING = (sys.executable, "-m", "nanobeam_bluesky.training")
 THREADS = min(4, os.cpu_count() or 1)
 """Tasks that the worker process works on at once: reading, decompression, network and
 refinement leave the interpreter lock to each other."""
+
+_BATCH = 256
+"""Points that are read and analysed at once, however many a task has: memory is bounded, and what
+is in the caches is used again."""
 
 logger = logging.getLogger("nanobeam_bluesky")
 
@@ -231,15 +236,10 @@ class Processor:
 
 
 def _process(task: Task, analyzer: Analyzer, reader: FrameReader) -> Processed:
-    read = [reader.patterns(block) for block in task.frames]
-    patterns, saturated, status = (np.concatenate([r[i] for r in read]) for i in range(3))
-    reasons = [r[3] for r in read]
-    estimates = Estimates.empty(len(status), Flag.FRAME_MISSING)
-    ok = status == ReadStatus.OK
-    if ok.any():
-        fitted = analyzer.process(patterns[ok])
-        flags = fitted.flags | np.where(saturated[ok], Flag.SATURATED, 0)
-        estimates = estimates.put(ok, replace(fitted, flags=flags))
+    analysed = [_analysed(batch, analyzer, reader) for batch in _batches(task.frames)]
+    status = np.concatenate([a[0] for a in analysed])
+    estimates = Estimates.concatenate([a[1] for a in analysed])
+    reasons = [reason for a in analysed for reason in a[2]]
     positions = {}
     position_status = np.zeros(len(status), dtype=np.int8)
     for motor, blocks in task.positions.items():
@@ -252,12 +252,48 @@ def _process(task: Task, analyzer: Analyzer, reader: FrameReader) -> Processed:
     return Processed(task, status, estimates, positions, position_status, reason)
 
 
+def _batches(blocks: Sequence[PointBlock]) -> Iterator[list[PointBlock]]:
+    """Yield the points of blocks, so many at once."""
+    batch: list[PointBlock] = []
+    room = _BATCH
+    for block in blocks:
+        first = block.first
+        while first < block.stop:
+            batch.append(block.part(first, min(block.stop, first + room)))
+            first = batch[-1].stop
+            room -= batch[-1].count
+            if not room:
+                yield batch
+                batch, room = [], _BATCH
+    if batch:
+        yield batch
+
+
+def _analysed(
+    blocks: Sequence[PointBlock], analyzer: Analyzer, reader: FrameReader
+) -> tuple[NDArray[np.int8], Estimates, Sequence[str]]:
+    patterns, saturated, status, reasons = _read(blocks, reader)
+    estimates = Estimates.empty(len(status), Flag.FRAME_MISSING)
+    ok = status == ReadStatus.OK
+    if ok.any():
+        fitted = analyzer.process(patterns if ok.all() else patterns[ok])
+        flags = fitted.flags | np.where(saturated[ok], Flag.SATURATED, 0)
+        estimates = estimates.put(ok, replace(fitted, flags=flags))
+    return status, estimates, reasons
+
+
+def _read(blocks: Sequence[PointBlock], reader: FrameReader) -> Any:
+    """Return what `FrameReader.patterns` does, of all blocks, and a reason of each."""
+    *arrays, reasons = zip(*(reader.patterns(block) for block in blocks), strict=True)
+    joined = (parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in arrays)
+    return *joined, reasons
+
+
 def _calibrate(task: Task, analyzer: Analyzer, reader: FrameReader) -> Processed:
     from nanobeam_bluesky.models import CalibrationError, calibrate
 
-    read = [reader.patterns(block) for block in task.frames]
-    patterns, _, status = (np.concatenate([r[i] for r in read]) for i in range(3))
-    done = replace(Processed.failed(task, next((r[3] for r in read if r[3]), "")), status=status)
+    patterns, _, status, reasons = _read(task.frames, reader)
+    done = replace(Processed.failed(task, next(filter(None, reasons), "")), status=status)
     ok = status == ReadStatus.OK
     if not ok.any():
         return done

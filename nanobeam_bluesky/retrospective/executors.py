@@ -32,8 +32,8 @@ __all__ = ["Cluster", "Pool", "Threads", "Workers"]
 
 _WAITING = 2048
 """Points for each core: some wait, as reading and writing Tiled keep their giver for 0.5 s."""
-_CLUSTER_POINTS = 1024
-"""Points of a task of a cluster, where each takes 20 ms of all processes, whatever its size."""
+_CLUSTER_POINTS = 2048
+"""Points of a task of a cluster, where each takes 9 ms of all processes, whatever its size."""
 _COUNT_SECONDS = 5.0
 """How often a cluster is asked for its workers."""
 _RESULT_SECONDS = 60.0
@@ -220,8 +220,8 @@ class Cluster:
 
     @property
     def in_flight(self) -> int:
-        """Some tasks wait, so that no worker does."""
-        return self.cores * _WAITING // self.task_points
+        """One waits for each that is worked on, so that no worker does."""
+        return 2 * self.cores
 
     @property
     def at_once(self) -> int:

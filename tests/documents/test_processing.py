@@ -4,10 +4,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
-from nanobeam_bluesky.documents import AnalyzerChoice, Processor, processing
-from nanobeam_bluesky.models import ModelNotFoundError, ModelStore
+from nanobeam_bluesky.documents import AnalyzerChoice, PointBlock, Processor, Task, processing
+from nanobeam_bluesky.models import Flag, ModelNotFoundError, ModelStore
+from nanobeam_bluesky.physics import forward
 
 SHORT = """
 import importlib
@@ -32,6 +34,30 @@ def processor():
     made = Processor()
     yield made
     made.shutdown()
+
+
+def test_the_points_of_a_task_may_be_worked_on_in_parts(processor, geometry, monkeypatch):
+    rng = np.random.default_rng(3)
+    n, binning = 23, geometry.binning
+    patterns = forward(*(rng.uniform(-w, w, n) for w in (1e-3, 0.01, 0.01)), geometry)
+    patterns *= 3000 / patterns.sum(axis=(1, 2), keepdims=True) / binning**2
+    frames = rng.poisson(patterns.repeat(binning, axis=1).repeat(binning, axis=2))
+    blocks = [
+        PointBlock(1, 9, values=frames[:9]),
+        PointBlock(10, 1, values=frames[9:10]),
+        PointBlock(11, 2, problem="lost"),
+        PointBlock(13, 11, values=frames[12:]),
+    ]
+    processor.open("run", geometry, AnalyzerChoice())
+    whole = processor.process(Task("run", 1, tuple(blocks)))
+    assert (whole.reason, whole.estimates.flags[10]) == ("lost", Flag.FRAME_MISSING)
+    assert np.isfinite(whole.estimates.strain).sum() == n - 2
+    for size in (1, 4, 9):
+        monkeypatch.setattr(processing, "_BATCH", size)
+        parts = processor.process(Task("run", 1, tuple(blocks)))
+        np.testing.assert_array_equal(parts.status, whole.status)
+        for name, values in whole.estimates.columns().items():
+            np.testing.assert_array_equal(parts.estimates.columns()[name], values, err_msg=name)
 
 
 @pytest.mark.parametrize(
