@@ -587,11 +587,10 @@ class RunPipeline:
         assert self._grid is not None
         points = points[keep]
         estimates = done.estimates.select(keep)
-        nominal = self._grid.nominal(points)
-        positions = {
-            motor: done.positions[motor][keep] if motor in done.positions else nominal[i]
-            for i, motor in enumerate(self._grid.scan.motors)
-        }
+        positions = {motor: values[keep] for motor, values in done.positions.items()}
+        motors = self._grid.scan.motors
+        if not positions.keys() >= set(motors):
+            positions = dict(zip(motors, self._grid.nominal(points), strict=True)) | positions
         lost = self._grid.row_col(points)[0] < 0
         for values in positions.values():
             lost = lost | ~np.isfinite(values)

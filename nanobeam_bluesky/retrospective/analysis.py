@@ -50,7 +50,7 @@ from nanobeam_bluesky.tiled_adapters.scans import UnreadableError
 
 __all__ = ["Analysis", "analyze"]
 
-PAGES = (4096, 10.0)
+PAGES = (8192, 10.0)
 """Points and seconds of an event page: a write to Tiled costs 40 ms, whatever its size, and what
 was not written is lost in a crash."""
 _POLL_SECONDS = 0.05
@@ -228,10 +228,17 @@ class _Job:
     """What went wrong with the catalogue of results."""
     documents: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
     write: Callable[[str, Any], Any] | None = None
+    unwritten: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
+    """Documents of the derived run: to write them may wait, to hand out work may not."""
 
-    def emit(self, name: str, doc: dict[str, Any]) -> None:
-        """Take a document of the derived run; whoever hands it over serves other runs, too."""
-        if self.problem:
+    def write_all(self) -> None:
+        """Write what there is to write."""
+        for name, doc in self.unwritten:
+            self._write(name, doc)
+        self.unwritten.clear()
+
+    def _write(self, name: str, doc: Mapping[str, Any]) -> None:
+        if self.problem:  # whoever calls serves other runs, too
             return
         try:
             if name == "start" and "shape" in doc:
@@ -315,15 +322,13 @@ class _Session:
                         yield found
                     else:
                         self.active.append(found)
+            with _here():
+                polled = [(job, self._poll(job)) for job in self.active]
+            self.active = [job for job, result in polled if result is None]
+            yield from (result for _, result in polled if result is not None)
             if self.active:
                 with _here():
                     self.pool.wait(_POLL_SECONDS)
-            for job in list(self.active):
-                with _here():
-                    finished = self._poll(job)
-                if finished is not None:
-                    self.active.remove(job)
-                    yield finished
 
     def end(self) -> None:
         """Write what is ready, and release everything."""
@@ -331,6 +336,7 @@ class _Session:
             if job.pipeline is not None:
                 with suppress(Exception):  # it is lost, but no more than that
                     job.pipeline.flush()
+                    job.write_all()
         self.pool.shutdown()
 
     def _begin(self, run: RawRun) -> _Job | Analysis:
@@ -352,7 +358,7 @@ class _Session:
                 run.start,
                 preset,
                 _Filling(self.pool, recording),
-                job.emit,
+                lambda name, doc: job.unwritten.append((name, doc)),
                 choice=self.choice,
                 roi=self.roi,
                 tally=job.tally,
@@ -384,6 +390,7 @@ class _Session:
         pipeline = job.pipeline
         assert pipeline is not None
         pipeline.poll()
+        job.write_all()
         if job.problem:
             pipeline.abandon()
         result = job.analysis() if pipeline.closed else None

@@ -127,10 +127,11 @@ class _PageRunWriter(_RunWriter):
         """Write a page, column by column: the numbers of derived runs need no rows between."""
         stream = self._desc_nodes[doc["descriptor"]]
         name = stream.item["id"]
-        times = {f"ts_{key}": values for key, values in doc["timestamps"].items()}
-        table = pyarrow.table(
-            {"seq_num": doc["seq_num"], "time": doc["time"]} | doc["data"] | times
-        )
+        columns = {"seq_num": doc["seq_num"], "time": doc["time"]} | doc["data"]
+        columns |= {f"ts_{key}": values for key, values in doc["timestamps"].items()}
+        arrays = {id(values): values for values in columns.values()}  # many are the same list
+        arrays = {key: pyarrow.array(values) for key, values in arrays.items()}
+        table = pyarrow.table({name: arrays[id(values)] for name, values in columns.items()})
         if name not in self._internal_tables:
             self._internal_tables[name] = stream.create_appendable_table(
                 schema=table.schema,
