@@ -373,6 +373,7 @@ class _Session:
                 if name in ("event", "event_page"):  # which may hold frames
                     self.pool.wait(0)
                     pipeline.poll()
+                    job.write_all()
             if not pipeline.stopped:
                 reason = "no stop document: the raw run still runs, or its RunEngine has died"
                 pipeline.document("stop", {"exit_status": "fail", "reason": reason})

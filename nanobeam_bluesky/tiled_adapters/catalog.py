@@ -6,9 +6,11 @@ import asyncio
 import logging
 import os
 import re
+import sqlite3
 import warnings
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -145,6 +147,7 @@ def configuration(
         # in a thread of its own: there may be a running event loop, as in a notebook
         with ThreadPoolExecutor(1) as executor:
             executor.submit(_create, catalog).result()
+    _index(folder / "tables.db")
     # SQLite and not DuckDB, which is 1.2 to 1.6 times faster but belongs to one
     # process: a scan may be looked at from a second one while it is recorded
     writable = [str(folder / "arrays"), f"sqlite:///{folder / 'tables.db'}"]
@@ -256,6 +259,23 @@ async def _unfit(request: Any, error: Exception) -> JSONResponse:
     """Answer 400, and why, to what Tiled fails on: an offset of 1e30, ``image/png;cmap``."""
     logger.warning("%s %s: %s", request.method, request.url.path, error)
     return JSONResponse({"detail": str(error)}, 400)
+
+
+def _index(tables: Path) -> None:
+    """Let the events of a run be found without reading those of all others.
+
+    Tiled names the index of each table the same, so that SQLite makes that of the first only.
+    """
+    if not tables.exists():
+        return
+    lacking = """
+        SELECT name FROM sqlite_master AS found
+        WHERE type = 'table' AND name GLOB 'table_[0-9a-f]*' AND NOT EXISTS
+            (SELECT 1 FROM sqlite_master WHERE type = 'index' AND tbl_name = found.name)"""
+    columns = "(_dataset_id, _partition_id)"
+    with closing(sqlite3.connect(tables)) as database, suppress(sqlite3.OperationalError):  # busy
+        for (name,) in database.execute(lacking).fetchall():
+            database.execute(f'CREATE INDEX IF NOT EXISTS "{name}_rows" ON "{name}" {columns}')
 
 
 def _create(catalog: Path) -> None:

@@ -3,14 +3,17 @@
 import asyncio
 import json
 import socket
+import sqlite3
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import h5py
 import numpy as np
+import pyarrow
 import pytest
 from event_model import compose_run
 from tiled.catalog.adapter import CatalogContainerAdapter
@@ -162,6 +165,23 @@ def test_folder_can_be_opened_again(tmp_path, derived_documents):
             write(name, doc)
         client.context.close()
         uids.append(documents[0][1]["uid"])
+
+
+def test_the_events_of_a_run_are_found_without_reading_all_others(tmp_path):
+    client = open_catalog(tmp_path)
+    for key in ("first", "second", "third"):
+        client["raw"].create_appendable_table(pyarrow.schema({key: pyarrow.int64()}), key=key)
+    client.context.close()
+    open_catalog(tmp_path).context.close()
+    with closing(sqlite3.connect(tmp_path / "tables.db")) as database:
+        query = "SELECT name FROM sqlite_master WHERE type = 'table' AND name LIKE 'table%'"
+        names = [name for (name,) in database.execute(query)]
+        assert len(names) == 3
+        for name in names:
+            plan = database.execute(
+                f'EXPLAIN QUERY PLAN SELECT * FROM "{name}" WHERE _dataset_id = 1'
+            )
+            assert [row[-1].split()[0] for row in plan] == ["SEARCH"]
 
 
 FRAMES = np.arange(6 * 4 * 5, dtype=np.uint16).reshape(6, 4, 5)
