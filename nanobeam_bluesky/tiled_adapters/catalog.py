@@ -47,6 +47,8 @@ logger = logging.getLogger("nanobeam_bluesky")
 VIEWS = "nanobeam_bluesky.tiled_adapters.views"
 STREAMING = {"uri": "memory", "data_ttl": 600}
 """What is written is kept for so many seconds, for those who subscribe late."""
+_INDEXED_ROWS = 100_000
+"""As many are indexed in 0.1 s."""
 _FOR_NETWORKS = {
     "CORSMiddleware",
     "CompressionMiddleware",
@@ -147,7 +149,6 @@ def configuration(
         # in a thread of its own: there may be a running event loop, as in a notebook
         with ThreadPoolExecutor(1) as executor:
             executor.submit(_create, catalog).result()
-    _index(folder / "tables.db")
     # SQLite and not DuckDB, which is 1.2 to 1.6 times faster but belongs to one
     # process: a scan may be looked at from a second one while it is recorded
     writable = [str(folder / "arrays"), f"sqlite:///{folder / 'tables.db'}"]
@@ -202,8 +203,17 @@ def build_app(config: Mapping[str, Any] | Config) -> Any:
     for error in (OverflowError, ValueError):
         app.add_exception_handler(error, _unfit)
     if any(urlparse((tree.args or {}).get("uri", "")).scheme == "sqlite" for tree in config.trees):
-        app.add_middleware(OneWriter)
+        stored = [uri for tree in config.trees for uri in _writable(tree.args or {})]
+        prefix = "sqlite:///"
+        tables = {Path(uri.removeprefix(prefix)) for uri in stored if uri.startswith(prefix)}
+        app.add_middleware(OneWriter, tables=tables)
     return app
+
+
+def _writable(arguments: Mapping[str, Any]) -> list[str]:
+    """Return the storages that a tree may write to."""
+    found = arguments.get("writable_storage") or []
+    return [str(item) for item in ([found] if isinstance(found, str) else found)]
 
 
 def _name_of(middleware: Any) -> str:
@@ -228,10 +238,16 @@ class OneWriter:
 
     SQLite gives up on a second writer after a while: on a busy disk a raw run lost its stop
     document to the pages of its derived run.
+
+    Parameters
+    ----------
+    tables
+        Databases of events; their tables are indexed when they are new.
     """
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, tables: Iterable[Path] = ()) -> None:
         self._app = app
+        self._tables = tuple(tables)
         self._lock = asyncio.Lock()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -253,6 +269,9 @@ class OneWriter:
 
         async with self._lock:
             await self._app(scope, again, send)
+            if method == "POST" and "/metadata/" in scope["path"]:
+                for path in self._tables:
+                    _index(path)
 
 
 async def _unfit(request: Any, error: Exception) -> JSONResponse:
@@ -261,21 +280,25 @@ async def _unfit(request: Any, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": str(error)}, 400)
 
 
-def _index(tables: Path) -> None:
-    """Let the events of a run be found without reading those of all others.
+def _index(path: Path) -> None:
+    """Let the events of a run be found without reading those of all others, in new tables.
 
-    Tiled names the index of each table the same, so that SQLite makes that of the first only.
+    Tiled names the index of each table the same, so that SQLite makes that of the first only. To
+    index a large one would keep a scan from being recorded for seconds.
     """
-    if not tables.exists():
+    if not path.exists():
         return
     lacking = """
         SELECT name FROM sqlite_master AS found
         WHERE type = 'table' AND name GLOB 'table_[0-9a-f]*' AND NOT EXISTS
             (SELECT 1 FROM sqlite_master WHERE type = 'index' AND tbl_name = found.name)"""
     columns = "(_dataset_id, _partition_id)"
-    with closing(sqlite3.connect(tables)) as database, suppress(sqlite3.OperationalError):  # busy
+    # where another process writes, the next run's turn comes
+    with suppress(sqlite3.Error), closing(sqlite3.connect(path, timeout=0)) as database:
         for (name,) in database.execute(lacking).fetchall():
-            database.execute(f'CREATE INDEX IF NOT EXISTS "{name}_rows" ON "{name}" {columns}')
+            (rows,) = database.execute(f'SELECT coalesce(max(rowid), 0) FROM "{name}"').fetchone()
+            if rows < _INDEXED_ROWS:
+                database.execute(f'CREATE INDEX IF NOT EXISTS "{name}_rows" ON "{name}" {columns}')
 
 
 def _create(catalog: Path) -> None:

@@ -172,7 +172,6 @@ def test_the_events_of_a_run_are_found_without_reading_all_others(tmp_path):
     for key in ("first", "second", "third"):
         client["raw"].create_appendable_table(pyarrow.schema({key: pyarrow.int64()}), key=key)
     client.context.close()
-    open_catalog(tmp_path).context.close()
     with closing(sqlite3.connect(tmp_path / "tables.db")) as database:
         query = "SELECT name FROM sqlite_master WHERE type = 'table' AND name LIKE 'table%'"
         names = [name for (name,) in database.execute(query)]
