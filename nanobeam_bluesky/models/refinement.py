@@ -71,12 +71,13 @@ MODEL_ERROR = 0.05  # no misfit below this root mean square error of the model
 
 _JUMP = 8.0  # farther from the start, in σ of both, is no surprise only for a bad start
 _WIDE_PX = 0.25  # σ of a shift from which the likelihood may have other maxima along it, …
-_WIDE_SHARP_PX = 0.1  # … of a perfectly sharp pupil, whose likelihood has kinks
+_WIDE_SHARP_PX = 0.07  # … of a perfectly sharp pupil, whose likelihood has kinks
 _UNKNOWN_PX = 1.0  # the same of the start
 _ASIDE = 12  # steps to either side to look for them, …
 _ASIDE_PX = 2.0  # … of this
 _GROWTHS = np.linspace(1e-3, 1, 500)  # of steps, …
 _REACHES = np.sinh(_ASIDE * _GROWTHS) / _GROWTHS  # … with which they reach so many of the first
+_FINER = 5  # times, until the steps are no wider than what is found
 _SAMPLES = 256  # of the likelihood around a vague maximum, half of them twice as far away
 _LEAST_SAMPLES = 10.0  # that count
 _LOST_PX = 50.0  # σ beyond which a shift is not known at all
@@ -153,7 +154,7 @@ def refine(
     or from the second one if it has been near the first; so it is where a fit starts from the
     library and two of its patterns are about as likely. The better of both fits counts.
 
-    Where a shift is known to 0.25 pixels only (0.1, if the pupil is perfectly sharp), the mean
+    Where a shift is known to 0.25 pixels only (0.07, if the pupil is perfectly sharp), the mean
     and the covariance of the posterior are returned instead of the maximum and its curvature.
     """
     return refine_checked(check(patterns, geometry, mask), start, geometry, fit, mask, ranges)
@@ -306,9 +307,9 @@ def _near(choices: Likeliest, estimates: Estimates) -> NDArray[np.bool_]:
 
 def _keep_better(fitted: Fitted, other: Fitted, which: NDArray[np.intp]) -> None:
     """Put other fits of the patterns `which` where they are better."""
-    better = other.converged & ~fitted.converged[which]
-    lower = other.quality[:, 0] < fitted.quality[which, 0]
-    better |= (other.converged == fitted.converged[which]) & lower
+    lead = fitted.quality[which, 0] - other.quality[:, 0]  # not a number without any light
+    better = other.converged & ~fitted.converged[which] & ~(lead < -_LEAD)
+    better |= (other.converged == fitted.converged[which]) & (lead > 0)
     for ours, theirs in zip(fitted, other, strict=True):
         ours[which[better]] = theirs[better]
 
@@ -331,12 +332,11 @@ def _look_aside(
     steps = np.arange(-_ASIDE, _ASIDE + 1)
     straight = np.zeros((len(which), _P))
     straight[:, axis] = 1
-    offsets = np.tile(_ASIDE_PX * steps, (len(which), 1))
 
-    def profile(along: Floats) -> Floats:
-        return heights(fitted.values[which, None] + offsets[:, :, None] * along[:, None], which)
+    def profile(of: NDArray[np.intp], along: Floats, offsets: Floats) -> Floats:
+        return heights(fitted.values[of, None] + offsets[:, :, None] * along[:, None], of)
 
-    found = profile(straight)
+    found = profile(which, straight, np.tile(_ASIDE_PX * steps, (len(which), 1)))
     lowest = steps[found.argmin(axis=1)]
     higher = (found.min(axis=1) < found[:, _ASIDE] - _LEAD) & (np.abs(lowest) > 1)
     if higher.any():
@@ -351,16 +351,26 @@ def _look_aside(
     which = which[fitted.converged[which] & (fitted.covariance[which, axis, axis] > 0)]
     variance = fitted.covariance[which, axis, axis]
     along = fitted.covariance[which, axis] / variance[:, None]
-    # σ apart at the maximum, farther and farther apart away from it
-    sigma = np.minimum(np.sqrt(variance), _ASIDE_PX)[:, None]
-    growth = np.interp(_ASIDE * _ASIDE_PX / sigma, _REACHES, _GROWTHS)
-    offsets = sigma * np.sinh(growth * steps) / growth
-    found = profile(along)
-    weight = np.exp(-0.5 * (found - found.min(axis=1, keepdims=True)))
-    weight *= np.cosh(growth * steps)
-    weight /= weight.sum(axis=1, keepdims=True)
-    mean = (weight * offsets).sum(axis=1)
-    more = (weight * (offsets - mean[:, None]) ** 2).sum(axis=1) - variance
+    mean, width, sigma = 0 * variance, 0 * variance, np.minimum(np.sqrt(variance), _ASIDE_PX)
+    left = np.arange(len(which))
+    for _ in range(_FINER):
+        # σ apart at the mean, farther and farther apart away from it
+        apart, middle = sigma[left, None], mean[left, None]
+        growth = np.interp(_ASIDE * _ASIDE_PX / apart, _REACHES, _GROWTHS)
+        offsets = middle + apart * np.sinh(growth * steps) / growth
+        found = profile(which[left], along[left], offsets)
+        apart = apart * np.cosh(growth * steps)
+        weight = apart * np.exp(-0.5 * (found - found.min(axis=1, keepdims=True)))
+        weight /= weight.sum(axis=1, keepdims=True)
+        mean[left] = (weight * offsets).sum(axis=1)
+        width[left] = (weight * (offsets - mean[left, None]) ** 2).sum(axis=1)
+        at_most = np.sqrt(width[left] + (weight * apart**2).sum(axis=1) / 12)
+        narrow = at_most < sigma[left] / 2  # it may be narrower than they are apart
+        left = left[narrow]
+        sigma[left] = at_most[narrow]
+        if len(left) == 0:
+            break
+    more = width - variance
     fitted.values[which] += mean[:, None] * along
     fitted.covariance[which] += more[:, None, None] * along[:, :, None] * along[:, None, :]
 

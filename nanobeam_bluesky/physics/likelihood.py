@@ -91,7 +91,7 @@ def poisson_sums(
         n, light, mean = counts[x], used[x], weighted[k]
         pattern = channels[0, x]
         for y in range(ny):
-            mean[y] = max(scale * pattern[y] + background, _TINY)
+            mean[y] = max(max(scale * pattern[y], 0.0) + background, _TINY)
         _logarithms(mean, bits, rest)
         for y in range(ny):
             expected = mean[y]
@@ -192,7 +192,7 @@ def goodness(
     for x in range(nx):
         n, light, pattern = counts[x], used[x], channels[0, x]
         for y in range(ny):
-            expected[y] = max(scale * pattern[y] + background, _TINY)
+            expected[y] = max(max(scale * pattern[y], 0.0) + background, _TINY)
             shared[y] = max(n[y], _TINY) / expected[y]
         _logarithms(shared, bits, logarithm)
         farthest = 0.0

@@ -106,6 +106,22 @@ def test_nothing_is_infinite_where_nothing_is_expected():
         assert np.isfinite(value).all()
 
 
+def test_a_pattern_below_zero_by_rounding_is_dark():
+    """Else one such pixel outweighs all others by 1e20, and the fit ends there."""
+    channels, counts, used = problem(2)
+    below = channels.copy()
+    below[0, 1, 5:] = -1e-5  # × 7: more than the background makes up for
+    found = [sums(each, SCALE, 1e-5, counts, used) for each in (channels, below)]
+    sigma = np.sqrt(np.diagonal(found[0][1]))
+    (score, information, total), (*others, their_total) = found
+    assert their_total == total
+    np.testing.assert_allclose(others[0] / sigma, score / sigma, atol=1e-3)
+    shared = np.outer(sigma, sigma)
+    np.testing.assert_allclose(others[1] / shared, information / shared, atol=5e-3)
+    known = [quality(each, SCALE, 1e-5, counts, used)[0] for each in (channels, below)]
+    np.testing.assert_array_equal(*known)
+
+
 def test_score_is_the_slope_of_the_log_likelihood():
     plan = continuous_plan(Geometry.published())
     at = np.array([3.137, 2.271, 0.0031, plan.thickness, SCALE, BACKGROUND])
