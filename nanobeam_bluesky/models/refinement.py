@@ -75,6 +75,7 @@ _WIDE_SHARP_PX = 0.07  # … of a perfectly sharp pupil, whose likelihood has ki
 _UNKNOWN_PX = 1.0  # the same of the start
 _ASIDE = 12  # steps to either side to look for them, …
 _ASIDE_PX = 2.0  # … of this
+_STAR = np.array([(1, 0), (0, 1), (1, 1), (1, -1)])  # in these directions, if a rim is round
 _GROWTHS = np.linspace(1e-3, 1, 500)  # of steps, …
 _REACHES = np.sinh(_ASIDE * _GROWTHS) / _GROWTHS  # … with which they reach so many of the first
 _FINER = 5  # times, until the steps are no wider than what is found
@@ -235,7 +236,8 @@ def refine_checked(
         wide |= np.abs(fitted.values[:, axis] - middle) < width / 2 + _ASIDE_PX
         which = np.flatnonzero(lit & fitted.converged & wide)
         if len(which):
-            _look_aside(fitted, fit_from, heights, axis, which, 4 if "thickness" in fit else 3)
+            parameters = 4 if "thickness" in fit else 3
+            _look_aside(fitted, fit_from, heights, axis, which, parameters, plan.round)
             estimates = _estimates(fitted, plan, fit, total, lit, start)
     wide = fitted.covariance[:, (_X, _Y), (_X, _Y)].max(axis=1) > vague**2
     which = np.flatnonzero(lit & fitted.converged & wide)
@@ -321,6 +323,7 @@ def _look_aside(
     axis: int,
     which: NDArray[np.intp],
     parameters: int,
+    round_: bool,
 ) -> None:
     """Look along a shift of the patterns `which`: for a higher maximum, then how wide it is.
 
@@ -330,18 +333,17 @@ def _look_aside(
     posterior's mean along the shift and its σ; all else goes along as the covariance says.
     """
     steps = np.arange(-_ASIDE, _ASIDE + 1)
-    straight = np.zeros((len(which), _P))
-    straight[:, axis] = 1
-
-    def profile(of: NDArray[np.intp], along: Floats, offsets: Floats) -> Floats:
-        return heights(fitted.values[of, None] + offsets[:, :, None] * along[:, None], of)
-
-    found = profile(which, straight, np.tile(_ASIDE_PX * steps, (len(which), 1)))
-    lowest = steps[found.argmin(axis=1)]
-    higher = (found.min(axis=1) < found[:, _ASIDE] - _LEAD) & (np.abs(lowest) > 1)
+    rays = _STAR if round_ else np.eye(2)[[axis]]
+    aside = (_ASIDE_PX * steps[:, None, None] * rays).reshape(-1, 2)
+    points = np.repeat(fitted.values[which, None], len(aside), axis=1)
+    points[:, :, (_X, _Y)] += aside
+    found = heights(points, which)
+    here = found[:, len(aside) // 2]
+    best = aside[found.argmin(axis=1)]
+    higher = (found.min(axis=1) < here - _LEAD) & (np.abs(best) > _ASIDE_PX).any(axis=1)
     if higher.any():
         begin = fitted.values[which[higher], :parameters]
-        begin[:, axis] += _ASIDE_PX * lowest[higher]
+        begin[:, (_X, _Y)] += best[higher]
         reach = np.tile(_LONGEST, (len(begin), 1))
         _keep_better(fitted, fit_from(begin, reach, which[higher]), which[higher])
     for shift in (_X, _Y):  # one of which nothing is seen goes with nothing
@@ -358,7 +360,8 @@ def _look_aside(
         apart, middle = sigma[left, None], mean[left, None]
         growth = np.interp(_ASIDE * _ASIDE_PX / apart, _REACHES, _GROWTHS)
         offsets = middle + apart * np.sinh(growth * steps) / growth
-        found = profile(which[left], along[left], offsets)
+        points = fitted.values[which[left], None] + offsets[:, :, None] * along[left, None]
+        found = heights(points, which[left])
         apart = apart * np.cosh(growth * steps)
         weight = apart * np.exp(-0.5 * (found - found.min(axis=1, keepdims=True)))
         weight /= weight.sum(axis=1, keepdims=True)

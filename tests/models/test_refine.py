@@ -535,13 +535,37 @@ def test_a_shift_that_the_maximum_does_not_know_is_known_as_the_likelihood_says(
     def heights(points, which):
         return np.maximum(abs(points[:, :, 1] - width / 2) / width - 1, 0) ** 2 * 100
 
-    refinement._look_aside(fitted, pytest.fail, heights, 1, np.arange(1), 3)
+    refinement._look_aside(fitted, pytest.fail, heights, 1, np.arange(1), 3, False)
     y = np.linspace(-10, 10, 100_001) * width
     weight = np.exp(-0.5 * heights(np.stack([y, y], 1)[None], None)[0])
     mean = np.average(y, weights=weight)
     sigma = np.sqrt(np.average((y - mean) ** 2, weights=weight))
     assert fitted.values[0, 1] == pytest.approx(mean, abs=0.3 * sigma)
     assert np.sqrt(fitted.covariance[0, 1, 1]) == pytest.approx(sigma, rel=0.15)
+
+
+@pytest.mark.parametrize("away", [(6.5, 0), (0, -8), (7, 6.5), (-10, 9.5)])
+def test_of_a_round_rim_higher_maxima_are_looked_for_all_around(away):
+    """A disc wider than the ROI slid along its rim, both shifts wrong; so 20 σ went unflagged."""
+
+    def heights(points, which):
+        distance = [np.linalg.norm(points[:, :, :2] - m, axis=2) for m in ((0, 0), away)]
+        return np.minimum(10 + distance[0] ** 2, distance[1] ** 2)
+
+    def fitted(x, y, deviance):
+        values, covariance = np.zeros((1, 7)), np.eye(7)[None].copy()
+        values[0, :2] = x, y
+        return refinement.Fitted(values, covariance, np.full((1, 7), deviance), np.ones(1, bool))
+
+    found = fitted(0, 0, 10.0)
+    higher = fitted(*away, 0.0)
+
+    def fit_from(begin, reach, which):
+        np.testing.assert_allclose(begin[0, :2], away, atol=2)
+        return higher
+
+    refinement._look_aside(found, fit_from, heights, 0, np.arange(1), 3, True)
+    np.testing.assert_allclose(found.values[0, :2], away, atol=0.1)
 
 
 # fringes without a stop: strain and ω are known by their sum, ω by the dim rim alone
