@@ -8,8 +8,8 @@ D  refined under what is wrong with real patterns
 Every pattern expects the same counts, within all that the network is trained for (`LIMITS`);
 patterns with less than 2 % of the pupil's light are left out, as in training, and from RMSE and
 bound those that tell strain or tilts no better than to a fifth of the range. ✗ marks what misses
-its must. Run: ``python -m benchmarks.envelope [A B …] [--geometries 40] [--figure FILE.png]``,
-from the repository's root, in about five minutes.
+its must. Run: ``python -m benchmarks.envelope [A B …] [--geometries 40] [--seed 2031]
+[--figure FILE.png]``, from the repository's root, in about five minutes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +92,12 @@ class Case:
     def sharp(self) -> bool:
         return self.geometry.pupil_blur_px == 0
 
+    @property
+    def whole(self) -> bool:
+        """Whether the pupil is no larger than the ROI."""
+        (ny, nx), (half_x, half_y, *_) = self.geometry.pattern_shape, self.geometry.pupil_px
+        return 2 * half_x <= nx and 2 * half_y <= ny
+
     def detect(self, counts: float, background: float = 0.0) -> Patterns:
         n = len(self.expected)
         each = np.full((2, n), [[counts], [background]], np.float32)
@@ -138,9 +144,9 @@ def make_case(
     return Case(geometry, reduced, truth, expected, total, int(rng.integers(2**31)))
 
 
-def cases(geometries: int, patterns: int) -> Iterator[Case]:
+def cases(geometries: int, patterns: int, seed: int) -> Iterator[Case]:
     for number in range(geometries):
-        rng = np.random.default_rng([SEED, number])
+        rng = np.random.default_rng([seed, number])
         yield make_case(random_geometry(rng), rng, patterns)
 
 
@@ -218,10 +224,10 @@ def _median(values: list[Floats]) -> Floats:
 # ------------------------------------------------------------------------ A: the envelope
 
 
-def outcomes(geometries: int, patterns: int) -> tuple[list[Outcome], list[Outcome]]:
+def outcomes(geometries: int, patterns: int, seed: int) -> tuple[list[Outcome], list[Outcome]]:
     """Of the network alone and refined, geometry by geometry, all levels of each."""
     alone, refined = [], []
-    for case in cases(geometries, patterns):
+    for case in cases(geometries, patterns, seed):
         network, refining = case.analyzer(()), case.analyzer()
         for counts in LEVELS:
             detected, bound = case.detect(counts), case.bound(counts)
@@ -235,7 +241,7 @@ def outcomes(geometries: int, patterns: int) -> tuple[list[Outcome], list[Outcom
 
 def section_a(options: argparse.Namespace) -> None:
     n, patterns = options.geometries, options.patterns
-    alone, refined = outcomes(n, patterns)
+    alone, refined = outcomes(n, patterns, options.seed)
     print(
         f"A: {n} geometries, {patterns} patterns of each, RMSE over Cramér–Rao bound of what is "
         f"not flagged: the network alone and\nrefined at {FIGURE_LEVEL} counts; refined, the "
@@ -265,13 +271,18 @@ def section_a(options: argparse.Namespace) -> None:
 
 def _groups(every: list[Outcome]) -> Iterator[tuple[str, float, list[Outcome], bool]]:
     """Name, counts, outcomes, and whether the musts are for these."""
-    for what, sharp in (("all", None), ("blurred pupils", False), ("sharp pupils", True)):
+    kinds: dict[str, Callable[[Case], bool]] = {
+        "all": lambda case: True,
+        "blurred pupils": lambda case: not case.sharp,
+        "sharp pupils": lambda case: case.sharp,
+        "pupils within the ROI": lambda case: case.whole,
+        "pupils larger than it": lambda case: not case.whole,
+    }
+    for what, belongs in kinds.items():
         for counts in LEVELS:
-            chosen = [
-                o for o in every if o.counts == counts and (sharp is None or o.case.sharp == sharp)
-            ]
+            chosen = [o for o in every if o.counts == counts and belongs(o.case)]
             if chosen:
-                yield f"{what}, {len(chosen)} geometries", counts, chosen, sharp is None
+                yield f"{what}, {len(chosen)} geometries", counts, chosen, what == "all"
 
 
 def _alone_table(alone: list[Outcome]) -> None:
@@ -523,6 +534,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("sections", nargs="*", help=f"of {' '.join(SECTIONS)}; all by default")
     parser.add_argument("--geometries", type=int, default=40)
     parser.add_argument("--patterns", type=int, default=600)
+    parser.add_argument("--seed", type=int, default=SEED, help="of A's geometries")
     parser.add_argument("--figure", help="where to draw error over bound across the envelope")
     options = parser.parse_args(arguments)
     if unknown := set(options.sections) - set(SECTIONS):

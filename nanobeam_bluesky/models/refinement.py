@@ -71,7 +71,8 @@ MODEL_ERROR = 0.05  # no misfit below this root mean square error of the model
 
 _JUMP = 8.0  # farther from the start, in σ of both, is no surprise only for a bad start
 _WIDE_PX = 0.25  # σ of a shift from which the likelihood may have other maxima along it, …
-_WIDE_SHARP_PX = 0.07  # … of a perfectly sharp pupil, whose likelihood has kinks
+_WIDE_SHARP_PX = 0.1  # … of a perfectly sharp pupil, whose likelihood has kinks; …
+_DOUBTED_SHARP_PX = 0.07  # … and from here on where a point nearby is more likely
 _UNKNOWN_PX = 1.0  # the same of the start
 _ASIDE = 12  # steps to either side to look for them, …
 _ASIDE_PX = 2.0  # … of this
@@ -81,6 +82,7 @@ _REACHES = np.sinh(_ASIDE * _GROWTHS) / _GROWTHS  # … with which they reach so
 _FINER = 5  # times, until the steps are no wider than what is found
 _SAMPLES = 256  # of the likelihood around a vague maximum, half of them twice as far away
 _LEAST_SAMPLES = 10.0  # that count
+_TRIED = 16  # of them, for whether a sharp pupil's maximum is one
 _LOST_PX = 50.0  # σ beyond which a shift is not known at all
 _LEAD = 4.0  # deviance by which another must be better: the start knew something, too
 LEAST_BLUR_PX = 0.25  # of straight edges: sharper, they have a maximum in every pixel column
@@ -155,8 +157,9 @@ def refine(
     or from the second one if it has been near the first; so it is where a fit starts from the
     library and two of its patterns are about as likely. The better of both fits counts.
 
-    Where a shift is known to 0.25 pixels only (0.07, if the pupil is perfectly sharp), the mean
-    and the covariance of the posterior are returned instead of the maximum and its curvature.
+    Where a shift is known to 0.25 pixels only (0.1, if the pupil is perfectly sharp, or 0.07, if
+    that maximum is a small one), the mean and the covariance of the posterior are returned
+    instead of the maximum and its curvature.
     """
     return refine_checked(check(patterns, geometry, mask), start, geometry, fit, mask, ranges)
 
@@ -239,7 +242,11 @@ def refine_checked(
             parameters = 4 if "thickness" in fit else 3
             _look_aside(fitted, fit_from, heights, axis, which, parameters, plan.round)
             estimates = _estimates(fitted, plan, fit, total, lit, start)
-    wide = fitted.covariance[:, (_X, _Y), (_X, _Y)].max(axis=1) > vague**2
+    widest = fitted.covariance[:, (_X, _Y), (_X, _Y)].max(axis=1)
+    wide = widest > vague**2
+    if not geometry.pupil_blur_px:
+        tried = lit & fitted.converged & (widest > _DOUBTED_SHARP_PX**2)
+        wide[_doubtful(fitted, heights, np.flatnonzero(tried))] = True
     which = np.flatnonzero(lit & fitted.converged & wide)
     if len(which):
         _average(fitted, heights, which)
@@ -387,18 +394,12 @@ def _average(
     straight, by importance sampling; all else goes along as the covariance says. Patterns of
     which too few samples count are left as they are.
     """
-    known = fitted.covariance[which, :_SHIFTS, :_SHIFTS]
-    sigma = np.sqrt(np.maximum(np.diagonal(known, axis1=1, axis2=2), 1e-300))
-    apart = np.linalg.eigvalsh(known / (sigma[:, :, None] * sigma[:, None, :]))[:, 0]
-    which = which[apart > 1e-9]  # else not to be told apart at all
+    which = _told_apart(fitted, which)
     if len(which) == 0:
         return
-    values, covariance = fitted.values[which], fitted.covariance[which]
-    known = covariance[:, :_SHIFTS, :_SHIFTS]
-    along = covariance[:, :, :_SHIFTS] @ np.linalg.inv(known)  # 1 for the shifts themselves
     samples, log_density = _samples()
-    offsets = samples @ np.linalg.cholesky(known).swapaxes(1, 2)
-    points = values[:, None] + offsets @ along.swapaxes(1, 2)
+    known = fitted.covariance[which, :_SHIFTS, :_SHIFTS]
+    offsets, along, points = _around(fitted, which, samples)
     found = heights(points, which)
     found[(np.abs(offsets[:, :, : _Y + 1]) > _ASIDE * _ASIDE_PX).any(axis=2)] = np.inf
     weight = -0.5 * found - log_density
@@ -413,6 +414,43 @@ def _average(
     which, along = which[enough], along[enough]
     fitted.values[which] += (along @ mean[enough, :, None])[:, :, 0]
     fitted.covariance[which] += along @ more[enough] @ along.swapaxes(1, 2)
+
+
+def _told_apart(fitted: Fitted, which: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Return those of the patterns whose three shifts are known each."""
+    known = fitted.covariance[which, :_SHIFTS, :_SHIFTS]
+    sigma = np.sqrt(np.maximum(np.diagonal(known, axis1=1, axis2=2), 1e-300))
+    apart = np.linalg.eigvalsh(known / (sigma[:, :, None] * sigma[:, None, :]))[:, 0]
+    return which[apart > 1e-9]
+
+
+def _around(
+    fitted: Fitted, which: NDArray[np.intp], samples: Floats
+) -> tuple[Floats, Floats, Floats]:
+    """Return points around the patterns' maxima, of samples (m, 3) in σ of the shifts.
+
+    As offsets of the shifts (n, m, 3), by how much everything goes along with these (n, 7, 3),
+    and points (n, m, 7).
+    """
+    covariance = fitted.covariance[which]
+    known = covariance[:, :_SHIFTS, :_SHIFTS]
+    along = covariance[:, :, :_SHIFTS] @ np.linalg.inv(known)  # 1 for the shifts themselves
+    offsets = samples @ np.linalg.cholesky(known).swapaxes(1, 2)
+    return offsets, along, fitted.values[which, None] + offsets @ along.swapaxes(1, 2)
+
+
+def _doubtful(
+    fitted: Fitted, heights: Callable[[Floats, Any], Floats], which: NDArray[np.intp]
+) -> NDArray[np.intp]:
+    """Return those of the patterns of which a point near the maximum is more likely than it.
+
+    A sharp rim must light every pixel that has counts, whence many small maxima.
+    """
+    which = _told_apart(fitted, which)
+    samples = np.vstack([np.zeros(_SHIFTS), _samples()[0][:_TRIED]])
+    found = heights(_around(fitted, which, samples)[2], which)
+    nearby: Floats = found[:, 1:].min(axis=1)
+    return which[nearby < found[:, 0]]
 
 
 @lru_cache(maxsize=1)

@@ -586,6 +586,22 @@ def test_a_vague_shift_is_the_posteriors_mean_and_sigma_is_right():
     assert (abs(pull) < 2).mean() > 0.92
 
 
+def test_a_small_maximum_is_told_from_a_true_one():
+    fitted = refinement.Fitted(
+        np.zeros((4, 7)), np.tile(np.eye(7), (4, 1, 1)), np.zeros((4, 7)), np.ones(4, bool)
+    )
+    fitted.covariance[3, :3, :3] = 1  # one direction only
+    depth = np.array([0.0, 3.0, 0.0, 3.0])  # of the others, beside the one at zero
+
+    def heights(points, which):
+        far = np.linalg.norm(points[:, :, :3], axis=2)
+        return np.where(far > 0.3, far**2 - depth[which, None], 0)
+
+    found = refinement._doubtful(fitted, heights, np.arange(4))
+    np.testing.assert_array_equal(found, [1])
+    assert len(refinement._doubtful(fitted, heights, np.arange(0))) == 0
+
+
 def test_samples_find_mean_and_covariance_but_of_shifts_that_cannot_be_told_apart():
     values, covariance = np.zeros((2, 7)), np.zeros((2, 7, 7))
     covariance[0, :3, :3] = 1  # one direction only
