@@ -245,7 +245,7 @@ def refine_checked(
     widest = fitted.covariance[:, (_X, _Y), (_X, _Y)].max(axis=1)
     wide = widest > vague**2
     if not geometry.pupil_blur_px:
-        tried = lit & fitted.converged & (widest > _DOUBTED_SHARP_PX**2)
+        tried = lit & fitted.converged & ~wide & (widest > _DOUBTED_SHARP_PX**2)
         wide[_doubtful(fitted, heights, np.flatnonzero(tried))] = True
     which = np.flatnonzero(lit & fitted.converged & wide)
     if len(which):
